@@ -1,0 +1,198 @@
+"""Which modules are swapped, and the swap: float <-> trainable <-> packed, in place, on any ``nn.Module``."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from .config import TernaryConfig
+from .modules import (
+    FakeQuantizedEmbedding,
+    FakeTernaryLinear,
+    QuantizedEmbedding,
+    TernaryLinear,
+    TiedEmbedding,
+    TiedLinear,
+)
+
+# A smaller table (token types, relative-position buckets) saves nothing worth its error.
+SMALLEST_TABLE = 128
+
+PACKED = (TernaryLinear, QuantizedEmbedding, TiedEmbedding, TiedLinear)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` is a glob of the dotted ``name`` or a run of its parts, like ``layer.0`` in ``layer.0.key``."""
+    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def linears_to_convert(model: nn.Module, config: TernaryConfig, keep: Iterable[str] = ()) -> list[str]:
+    """Names of the Linear layers that ``config`` ternarizes.
+
+    Args:
+        model: a float model.
+        config: its ``modules_to_not_convert`` decides; see :class:`TernaryConfig`.
+        keep: patterns that the model class itself keeps in float32; they count when ``modules_to_not_convert`` is None.
+
+    Raises:
+        ValueError: nothing is left to convert, or a given pattern names no module.
+    """
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    patterns = config.modules_to_not_convert
+    if patterns is None:
+        chosen = [n for n in names if re.search(r"\.\d+\.", n) and not any(matches(n, p) for p in keep)]
+    else:
+        everything = [name for name, _ in model.named_modules()]
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in everything):
+                raise ValueError(
+                    f"modules_to_not_convert: {pattern!r} names no module of {type(model).__name__}; its Linear layers are "
+                    f"{_some(names)}. Fix the name or remove it"
+                )
+        chosen = [n for n in names if not any(matches(n, p) for p in patterns)]
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no Linear layer to ternarize (Linear layers: {_some(names)}; by default those "
+            "inside numbered layers are converted). Fix: pass modules_to_not_convert=[] to convert every Linear, or choose "
+            "a transformer model"
+        )
+    return chosen
+
+
+def embeddings_to_convert(model: nn.Module, config: TernaryConfig) -> list[str]:
+    """Names of the tables that ``embedding_bits`` quantizes: the token table and large ones beside it (positions)."""
+    get = getattr(model, "get_input_embeddings", None)
+    if config.embedding_bits is None or get is None:
+        return []
+    try:
+        tokens = get()
+    except NotImplementedError:  # transformers' answer for a model without a token table
+        return []
+    if not isinstance(tokens, nn.Embedding):  # a vision model's patch projection
+        return []
+    name_of = {module: name for name, module in model.named_modules()}
+    parent = name_of[tokens].rpartition(".")[0]
+    siblings = model.get_submodule(parent).children() if parent else [tokens]
+    tables = [tokens, *(m for m in siblings if m is not tokens and isinstance(m, nn.Embedding))]
+    chosen = [name_of[t] for t in tables if t.num_embeddings >= SMALLEST_TABLE or t is tokens]
+    return [name for name in chosen if not any(matches(name, p) for p in config.modules_to_not_convert or [])]
+
+
+def ternarize_model(
+    model: nn.Module, config: TernaryConfig, ties: Mapping[str, str] | None = None, keep: Iterable[str] = ()
+) -> nn.Module:
+    """Turn a float model into a packed one, in place.
+
+    Args:
+        model: a model with float weights.
+        config: what to convert, and how.
+        ties: tied weights, as names of parameters: {alias: source}.
+        keep: see :func:`linears_to_convert`.
+
+    Raises:
+        ValueError: no Linear layer to convert, a NaN or infinite weight, or a group size that does not divide a layer.
+    """
+    return _convert(
+        model,
+        config,
+        ties or {},
+        keep,
+        lambda m: TernaryLinear.from_float(m, config.weight_scheme, config.group_size, config.activation),
+        lambda m: QuantizedEmbedding.from_float(m, config.embedding_bits or 8, config.embedding_group_size),
+    )
+
+
+def fake_ternarize_model(
+    model: nn.Module,
+    config: TernaryConfig,
+    ties: Mapping[str, str] | None = None,
+    keep: Iterable[str] = (),
+    learned_scale: bool = False,
+) -> nn.Module:
+    """Turn a float model into a trainable fake-quantized one, in place; arguments and errors of :func:`ternarize_model`."""
+    return _convert(
+        model,
+        config,
+        ties or {},
+        keep,
+        lambda m: FakeTernaryLinear(m, config.weight_scheme, config.group_size, config.activation, learned_scale),
+        lambda m: FakeQuantizedEmbedding(m, config.embedding_bits or 8, config.embedding_group_size),
+    )
+
+
+def pack_model(model: nn.Module) -> nn.Module:
+    """Replace every fake-quantized layer by its packed twin, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (FakeTernaryLinear, FakeQuantizedEmbedding)):
+            replace(model, name, module.pack())
+    return model
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Replace every packed layer by a plain floating-point one, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PACKED):
+            replace(model, name, module.to_float(dtype))
+    return model
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at the dotted ``name``, in the old one's training mode, and keep transformers from initialising it."""
+    module.train(model.get_submodule(name).training)
+    module._is_hf_initialized = True  # type: ignore[assignment]  # else it calls normal_() on packed bytes
+    model.set_submodule(name, module)
+
+
+def tie(model: nn.Module, ties: Mapping[str, str]) -> list[str]:
+    """Point the aliases of quantized tables at them; returns the parameter names that are aliases no longer."""
+    done = []
+    for alias, source in ties.items():
+        table = model.get_submodule(source.rpartition(".")[0])
+        if not alias.endswith(".weight") or not isinstance(table, QuantizedEmbedding):
+            continue
+        name = alias.removesuffix(".weight")
+        old = model.get_submodule(name)
+        replace(model, name, TiedLinear(table, old.bias) if isinstance(old, nn.Linear) else TiedEmbedding(table))
+        done.append(alias)
+    return done
+
+
+def _convert(
+    model: nn.Module,
+    config: TernaryConfig,
+    ties: Mapping[str, str],
+    keep: Iterable[str],
+    convert_linear: Callable[[nn.Linear], nn.Module],
+    convert_embedding: Callable[[nn.Embedding], nn.Module],
+) -> nn.Module:
+    tied = {name.removesuffix(".weight") for name in (*ties.keys(), *ties.values())}
+    linears = [name for name in linears_to_convert(model, config, keep) if name not in tied]
+    tables = embeddings_to_convert(model, config)
+    for name in linears + tables:
+        _check_convertible(name, model.get_submodule(name), config)
+    for name in linears:
+        replace(model, name, convert_linear(model.get_submodule(name)))  # type: ignore[arg-type]
+    for name in tables:
+        replace(model, name, convert_embedding(model.get_submodule(name)))  # type: ignore[arg-type]
+    return model
+
+
+def _check_convertible(name: str, module: nn.Module, config: TernaryConfig) -> None:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if not weight.isfinite().all():
+        raise ValueError(f"{name}.weight holds a NaN or an infinity and cannot be quantized; fix: use an intact checkpoint")
+    is_table = isinstance(module, nn.Embedding)
+    option = "embedding_group_size" if is_table else "group_size"
+    size, width = getattr(config, option), weight.shape[1]
+    if isinstance(size, int) and width % size:
+        raise ValueError(
+            f"{option}={size} does not divide {name}'s width {width}; use a divisor of {width}, None for one scale a row, "
+            f"or add {name!r} to modules_to_not_convert"
+        )
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "") or "none"
