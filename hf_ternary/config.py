@@ -34,7 +34,8 @@ class TernaryConfig:
             (``"query"``) or patterns (``"*.output.dense"``). ``None``, the default, keeps every Linear outside the
             numbered layers (poolers, heads) and what the model class itself keeps in float32; a list replaces that
             default, so that ``[]`` converts every Linear.
-        dequantize: when loading a packed model, turn it back into a plain floating-point model.
+        dequantize: when loading a packed model, turn it back into a plain floating-point model (transformers >= 5.4; before,
+            it warns and loads the packed model: call ``model.dequantize()``).
         format_version: version of the on-disk format; written by the library.
         hf_ternary_version: version of the library that made the model; written by the library.
 

@@ -62,22 +62,34 @@ def linears_to_convert(model: nn.Module, config: TernaryConfig, keep: Iterable[s
 
 
 def embeddings_to_convert(model: nn.Module, config: TernaryConfig) -> list[str]:
-    """Names of the tables that ``embedding_bits`` quantizes: the token table and large ones beside it (positions)."""
-    get = getattr(model, "get_input_embeddings", None)
-    if config.embedding_bits is None or get is None:
-        return []
-    try:
-        tokens = get()
-    except NotImplementedError:  # transformers' answer for a model without a token table
-        return []
-    if not isinstance(tokens, nn.Embedding):  # a vision model's patch projection
+    """Names of the tables that ``embedding_bits`` quantizes: the token table and large ones beside it (positions).
+
+    Raises:
+        ValueError: ``embedding_bits`` is set but the model names no token table.
+    """
+    if config.embedding_bits is None:
         return []
     name_of = {module: name for name, module in model.named_modules()}
+    tokens = next(filter(None, map(_token_table, model.modules())), None)
+    if tokens is None:
+        raise ValueError(
+            f"embedding_bits={config.embedding_bits} but {type(model).__name__} names no token table in "
+            "get_input_embeddings(). Fix: use embedding_bits=None"
+        )
     parent = name_of[tokens].rpartition(".")[0]
-    siblings = model.get_submodule(parent).children() if parent else [tokens]
-    tables = [tokens, *(m for m in siblings if m is not tokens and isinstance(m, nn.Embedding))]
-    chosen = [name_of[t] for t in tables if t.num_embeddings >= SMALLEST_TABLE or t is tokens]
+    siblings = model.get_submodule(parent).children() if parent else []
+    positions = [m for m in siblings if isinstance(m, nn.Embedding) and m is not tokens]
+    chosen = [name_of[t] for t in [tokens, *positions] if t is tokens or t.num_embeddings >= SMALLEST_TABLE]
     return [name for name in chosen if not any(matches(name, p) for p in config.modules_to_not_convert or [])]
+
+
+def _token_table(module: nn.Module) -> nn.Embedding | None:
+    """What ``get_input_embeddings`` of a transformers model returns, if that is a table (a vision model's is not)."""
+    try:
+        table = module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def ternarize_model(

@@ -196,5 +196,6 @@ def register() -> None:
     # register_quantization_config() demands a base class whose import costs transformers; the config must load without it.
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = TernaryConfig
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = TernaryHfQuantizer
-    if TernaryConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (TernaryConfig,)
+    loadable = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)  # before transformers 5.4 load options are built in
+    if loadable is not None and TernaryConfig not in loadable:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*loadable, TernaryConfig)

@@ -1,0 +1,143 @@
+"""Every architecture of the README's table: float -> packed -> saved -> loaded -> saved, bit for bit."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from hf_ternary import TernaryConfig, TernaryLinear
+from hf_ternary.modules import QuantizedEmbedding
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 200}
+ENCODER = {**TEXT, "max_position_embeddings": 160, "pad_token_id": 0}
+DECODER = {**ENCODER, "num_key_value_heads": 2, "head_dim": 8}
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+TOWERS = {
+    "text_config": {**TEXT, "max_position_embeddings": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "vision_config": {**VISION, "intermediate_size": 64},
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+
+# name: (model class, config class, options, ternary layers, quantized tables)
+ARCHITECTURES = {
+    "BERT": ("BertModel", "BertConfig", ENCODER, 12, 2),
+    "BERT, masked language model": ("BertForMaskedLM", "BertConfig", ENCODER, 12, 2),
+    "BERT, classifier": ("BertForSequenceClassification", "BertConfig", {**ENCODER, "num_labels": 1}, 12, 2),
+    "RoBERTa": ("RobertaModel", "RobertaConfig", ENCODER, 12, 2),
+    "XLM-RoBERTa": ("XLMRobertaModel", "XLMRobertaConfig", ENCODER, 12, 2),
+    "MPNet": ("MPNetModel", "MPNetConfig", ENCODER, 12, 2),
+    "DistilBERT": (
+        "DistilBertModel",
+        "DistilBertConfig",
+        {"vocab_size": 200, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 160},
+        12,
+        2,
+    ),
+    "ModernBERT": ("ModernBertModel", "ModernBertConfig", {**ENCODER, **SPECIAL}, 8, 1),
+    "ALBERT": ("AlbertModel", "AlbertConfig", {**ENCODER, "embedding_size": 16}, 6, 2),
+    "ELECTRA": ("ElectraModel", "ElectraConfig", {**ENCODER, "embedding_size": 16}, 12, 2),
+    "T5 encoder": (
+        "T5EncoderModel",
+        "T5Config",
+        {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+        10,  # wo stays float: T5 keeps it in float32
+        1,
+    ),
+    "NomicBERT": ("NomicBertModel", "NomicBertConfig", ENCODER, 14, 1),
+    "Qwen3": ("Qwen3Model", "Qwen3Config", DECODER, 14, 1),
+    "Gemma 3": ("Gemma3TextModel", "Gemma3TextConfig", DECODER, 14, 1),
+    "ViT": ("ViTModel", "ViTConfig", {**VISION, "intermediate_size": 64}, 12, 0),
+    "DINOv2": ("Dinov2Model", "Dinov2Config", {**VISION, "mlp_ratio": 2}, 12, 0),
+    "CLIP": ("CLIPModel", "CLIPConfig", {**TOWERS, "projection_dim": 16}, 24, 1),
+    "SigLIP": ("SiglipModel", "SiglipConfig", TOWERS, 24, 1),
+}
+
+
+def build(name: str, path: Path) -> type:
+    """Save a random float model of architecture ``name``; returns its class."""
+    model_class, config_class, options = ARCHITECTURES[name][:3]
+    if not hasattr(hf, config_class):
+        pytest.skip(f"transformers {hf.__version__} has no {config_class}")
+    getattr(hf, model_class)(getattr(hf, config_class)(**options)).save_pretrained(path)
+    return getattr(hf, model_class)
+
+
+def expected(name: str) -> tuple[int, int]:
+    """Ternary layers and quantized tables."""
+    if name == "CLIP" and not hasattr(
+        hf.CLIPModel(hf.CLIPConfig(**ARCHITECTURES[name][2])).text_model, "get_input_embeddings"
+    ):
+        return 24, 0  # in older transformers CLIP's text model does not tell its token table
+    return ARCHITECTURES[name][3:]
+
+
+def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Padded token ids, pixels, or both: what the model takes."""
+    generator = torch.Generator().manual_seed(1)
+    names = model.main_input_name, *(("pixel_values",) if hasattr(model, "vision_model") else ())
+    ids = torch.randint(3, 200, (2, 11), generator=generator)
+    ids[:, -1] = 2  # CLIP pools at the end-of-text token
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    mask = torch.ones_like(ids)
+    if "pixel_values" not in names:
+        mask[1, 6:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    return {k: v for k, v in batch.items() if k in names or (k == "attention_mask" and "input_ids" in names)}
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module) -> list[torch.Tensor]:
+    found = [value for value in model(**inputs(model)).values() if isinstance(value, torch.Tensor)]
+    assert found
+    assert all(value.isfinite().all() for value in found)
+    return found
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def count(model: nn.Module, kind: type) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_round_trip_is_exact(name, tmp_path):
+    model_class, (layers, tables) = build(name, tmp_path / "float"), expected(name)
+    config = TernaryConfig(embedding_bits=4 if tables else None)
+    packed = model_class.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert (count(packed, TernaryLinear), count(packed, QuantizedEmbedding)) == (layers, tables)
+    packed.save_pretrained(tmp_path / "packed")
+
+    loaded, report = model_class.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert not any(report.values())
+    assert (count(loaded, TernaryLinear), count(loaded, QuantizedEmbedding)) == (layers, tables)
+    saved, restored = packed.state_dict(), loaded.state_dict()
+    assert saved.keys() == restored.keys()
+    assert all(torch.equal(saved[key], restored[key]) for key in saved)
+    for before, after in zip(outputs(packed), outputs(loaded), strict=True):
+        assert torch.allclose(before, after, atol=1e-6)  # torch's own float layers depend on how memory is aligned
+
+    loaded.save_pretrained(tmp_path / "again")
+    assert digests(tmp_path / "again") == digests(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_dequantized_model_is_the_same_model(name, tmp_path):
+    model_class, (_, tables) = build(name, tmp_path / "float"), expected(name)
+    config = TernaryConfig(embedding_bits=4 if tables else None, activation=None)
+    packed = model_class.from_pretrained(tmp_path / "float", quantization_config=config)
+    packed.save_pretrained(tmp_path / "packed")
+    plain = model_class.from_pretrained(tmp_path / "packed")
+    plain.dequantize()
+    assert count(plain, (TernaryLinear, QuantizedEmbedding)) == 0
+    for before, after in zip(outputs(packed), outputs(plain), strict=True):
+        assert torch.allclose(before, after, atol=1e-5, rtol=1e-5)
+    plain.save_pretrained(tmp_path / "plain")
+    reloaded = model_class.from_pretrained(tmp_path / "plain")
+    assert getattr(reloaded.config, "quantization_config", None) is None
+    for before, after in zip(outputs(plain), outputs(reloaded), strict=True):
+        assert torch.equal(before, after)
