@@ -56,6 +56,9 @@ class TernaryHfQuantizer(HfQuantizer):
                 f"{_where(checkpoint_files)} holds no packed ternary weights although config.json says quant_method "
                 f"{QUANT_METHOD!r}. Fix: save the model again, or delete quantization_config from config.json"
             )
+        for name, (dtype, _) in header.items():
+            if dtype == "U8" and name.endswith(".weight") and name.removesuffix(".weight") not in packed:
+                raise ValueError(f"{name}_scale is missing in the file although {name} is packed. {_RESAVE}")
         for name, modules in _module_names(model, packed).items():
             layers = self._empty([model.get_submodule(module) for module in modules], name, header)
             for module, layer in zip(modules, layers, strict=True):
@@ -189,6 +192,14 @@ def _describe(entry: Entry | None) -> str:
 
 def _where(files: Sequence[str] | None) -> str:
     return re.sub(r"[^/\\]+$", "", files[0]) if files else "the checkpoint"
+
+
+def mark_quantized(model: PreTrainedModel, config: TernaryConfig) -> None:
+    """Let transformers save, dequantize and describe ``model``, whose layers are packed already, as one it quantized itself."""
+    model.hf_quantizer = TernaryHfQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.quantization_method = config.quant_method
+    model.is_quantized = model.config._is_quantized = True
 
 
 def register() -> None:
