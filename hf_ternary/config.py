@@ -28,7 +28,8 @@ class TernaryConfig:
         weight_scheme: ``"optimal"``, the least-squares ternary approximation, or ``"absmean"``, the rule of Chen et al.
             (arXiv 2411.15438). See :mod:`hf_ternary.ternarize`.
         activation: ``"int8"`` quantizes the input of every ternary layer per token; ``None`` keeps it in floating point.
-        embedding_bits: bits of the token table and of the position table beside it: 8, 4, 2, or ``None`` for float.
+        embedding_bits: bits of the token table and of the position table beside it: 8, 4, 2, or ``None`` for float. Models
+            without a token table (vision) have nothing to quantize there.
         embedding_group_size: columns of an embedding row that share a scale; ``None`` is the whole row.
         modules_to_not_convert: modules that stay in floating point, as dotted names (``"encoder.layer.0"``), parts of them
             (``"query"``) or patterns (``"*.output.dense"``). ``None``, the default, keeps every Linear outside the
@@ -46,7 +47,7 @@ class TernaryConfig:
     group_size: int | str | None = None
     weight_scheme: str = "optimal"
     activation: str | None = "int8"
-    embedding_bits: int | None = None
+    embedding_bits: int | None = 4
     embedding_group_size: int | None = None
     modules_to_not_convert: list[str] | None = None
     dequantize: bool = False

@@ -62,20 +62,13 @@ def linears_to_convert(model: nn.Module, config: TernaryConfig, keep: Iterable[s
 
 
 def embeddings_to_convert(model: nn.Module, config: TernaryConfig) -> list[str]:
-    """Names of the tables that ``embedding_bits`` quantizes: the token table and large ones beside it (positions).
-
-    Raises:
-        ValueError: ``embedding_bits`` is set but the model names no token table.
-    """
+    """Names of the tables that ``embedding_bits`` quantizes: the token table and large ones beside it (positions)."""
     if config.embedding_bits is None:
         return []
     name_of = {module: name for name, module in model.named_modules()}
     tokens = next(filter(None, map(_token_table, model.modules())), None)
     if tokens is None:
-        raise ValueError(
-            f"embedding_bits={config.embedding_bits} but {type(model).__name__} names no token table in "
-            "get_input_embeddings(). Fix: use embedding_bits=None"
-        )
+        return []
     parent = name_of[tokens].rpartition(".")[0]
     siblings = model.get_submodule(parent).children() if parent else []
     positions = [m for m in siblings if isinstance(m, nn.Embedding) and m is not tokens]

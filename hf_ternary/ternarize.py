@@ -63,7 +63,8 @@ def ternary_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         int8 ``[out, in]`` in {-1, 0, 1}.
     """
     groups = weight.detach().float().reshape(*scale.shape, -1)
-    return (groups.sign() * (groups.abs() > scale.unsqueeze(-1) / 2)).to(torch.int8).reshape(weight.shape)
+    threshold = scale.unsqueeze(-1) / 2
+    return ((groups > threshold).view(torch.int8) - (groups < -threshold).view(torch.int8)).reshape(weight.shape)
 
 
 def ternarize(
@@ -93,9 +94,10 @@ def quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     absmax = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
     finite, nonzero = absmax.isfinite(), absmax >= SMALLEST_ABSMAX
-    inverse = torch.where(finite & nonzero, 127.0 / absmax, 0.0)
-    codes = torch.where(finite, x * inverse, 0.0).round().to(torch.int8)
-    scale = torch.where(finite, torch.where(nonzero, absmax / 127.0, 0.0), torch.nan)
+    levels = torch.full_like(absmax, 127.0)  # tensor by tensor is divided exactly; a number would be turned into a product
+    inverse = torch.where(finite & nonzero, levels / absmax, 0.0)
+    codes = (x * inverse).round_().to(torch.int8).masked_fill_(~finite, 0)
+    scale = torch.where(finite, torch.where(nonzero, absmax / levels, 0.0), torch.nan)
     return codes, scale
 
 

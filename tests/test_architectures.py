@@ -105,8 +105,7 @@ def count(model: nn.Module, kind: type) -> int:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_round_trip_is_exact(name, tmp_path):
     model_class, (layers, tables) = build(name, tmp_path / "float"), expected(name)
-    config = TernaryConfig(embedding_bits=4 if tables else None)
-    packed = model_class.from_pretrained(tmp_path / "float", quantization_config=config)
+    packed = model_class.from_pretrained(tmp_path / "float", quantization_config=TernaryConfig())
     assert (count(packed, TernaryLinear), count(packed, QuantizedEmbedding)) == (layers, tables)
     packed.save_pretrained(tmp_path / "packed")
 
@@ -125,8 +124,8 @@ def test_round_trip_is_exact(name, tmp_path):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_dequantized_model_is_the_same_model(name, tmp_path):
-    model_class, (_, tables) = build(name, tmp_path / "float"), expected(name)
-    config = TernaryConfig(embedding_bits=4 if tables else None, activation=None)
+    model_class = build(name, tmp_path / "float")
+    config = TernaryConfig(activation=None)
     packed = model_class.from_pretrained(tmp_path / "float", quantization_config=config)
     packed.save_pretrained(tmp_path / "packed")
     plain = model_class.from_pretrained(tmp_path / "packed")

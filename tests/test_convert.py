@@ -58,17 +58,15 @@ def test_float32_modules_of_the_model_class_stay_by_default(bert):
 
 
 def test_token_and_position_tables_are_quantized_and_small_ones_are_not(bert):
-    assert convert.embeddings_to_convert(bert, TernaryConfig()) == []
+    assert convert.embeddings_to_convert(bert, TernaryConfig(embedding_bits=None)) == []
     names = convert.embeddings_to_convert(bert, TernaryConfig(embedding_bits=4))
     assert names == ["embeddings.word_embeddings", "embeddings.position_embeddings"]
     config = TernaryConfig(embedding_bits=4, modules_to_not_convert=["position_embeddings"])
     assert convert.embeddings_to_convert(bert, config) == ["embeddings.word_embeddings"]
 
 
-def test_embedding_bits_without_a_token_table_is_refused():
-    model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="embedding_bits=4 but Sequential names no token table"):
-        convert.ternarize_model(model, TernaryConfig(embedding_bits=4, modules_to_not_convert=[]))
+def test_model_without_a_token_table_has_none_to_quantize():
+    assert convert.embeddings_to_convert(nn.Sequential(nn.Linear(8, 8)), TernaryConfig(embedding_bits=4)) == []
 
 
 def test_any_module_can_be_converted():
