@@ -1,0 +1,91 @@
+"""Data files, plain or gzipped, read strictly: what is malformed is refused with its file and line."""
+
+import csv
+import gzip
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Of the fields of a jsonl record; any other is an id or a label.
+FIELD_TYPES = {"text": str, "query": str, "sentence1": str, "sentence2": str, "positive": list, "negative": list}
+
+
+def read_jsonl(path: Path, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The records of a jsonl file.
+
+    Raises:
+        ValueError: the file is empty, or a line is no JSON object with these fields and their types.
+    """
+    count = 0
+    for count, line in enumerate(read_lines(path), start=1):
+        row = read_object(line, f"{path}: line {count}")
+        for field in fields:
+            wanted = FIELD_TYPES.get(field, str | int)
+            if not isinstance(row.get(field), wanted):
+                name = getattr(wanted, "__name__", wanted)
+                raise ValueError(f"{path}: line {count}: {field!r} must be {name}, got {row.get(field)!r:.40}")
+        yield row
+    if not count:
+        raise ValueError(f"{path} is empty")
+
+
+def read_object(text: str, where: str) -> dict[str, Any]:
+    """A JSON object; `where` names the text in the ValueError for anything else."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not a JSON object")
+    return value
+
+
+def read_tsv(path: Path, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The rows of a tab-separated file with a header; a quotation mark is a character like any other.
+
+    Raises:
+        ValueError: the header lacks one of these fields, a row is short, or there is none.
+    """
+    reader = csv.DictReader(read_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if missing := [f for f in fields if f not in (reader.fieldnames or ())]:
+        raise ValueError(f"{path}: the header lacks {', '.join(missing)}; it must have {', '.join(fields)}")
+    count = 0
+    for count, row in enumerate(reader, start=1):
+        if any(row[f] is None for f in fields):
+            raise ValueError(f"{path}: row {count} has fewer columns than the header")
+        yield row
+    if not count:
+        raise ValueError(f"{path} has a header and no row")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends; only a newline ends a line."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+        yield from (line.rstrip("\r\n") for line in file)
+
+
+def read_number(path: Path, text: str) -> float:
+    """A finite number from a score column; `path` names the file in the ValueError for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{path}: score {text!r} is not a number")
+    return value
+
+
+def read_texts(path: Path) -> list[str]:
+    """The distinct texts of a .txt file (one a line) or a .jsonl file (field `text`), blank ones left out.
+
+    Raises:
+        ValueError: no text is left, or a record has none.
+    """
+    records = (row["text"] for row in read_jsonl(path, ("text",))) if ".jsonl" in path.suffixes else read_lines(path)
+    texts = list(dict.fromkeys(text for text in records if text.strip()))
+    if not texts:
+        raise ValueError(f"{path} holds no text")
+    return texts

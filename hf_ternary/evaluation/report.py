@@ -1,0 +1,167 @@
+"""One evaluation: run the tasks, compare with the baseline, and show it as a table."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import mteb
+import numpy as np
+from mteb.abstasks import AbsTask
+from rich.table import Table
+
+from .encoder import CachedEncoder
+from .fidelity import fidelity
+from .files import read_object
+
+Score = dict[str, Any]
+
+
+def evaluate(encoder: CachedEncoder, tasks: Sequence[AbsTask], batch_size: int = 64, progress: bool = True) -> list[Score]:
+    """Scores of a model on tasks, one record a task.
+
+    Args:
+        encoder: the model.
+        tasks: new task objects, from `local_tasks` or `mteb_tasks`.
+        batch_size: texts a forward pass.
+        progress: show progress bars.
+
+    Returns:
+        Records of `task`, `type`, `metric`, `score` (in [0, 1]), `splits`, `revision` of the data and `seconds`; for
+        classification and clustering also `std`, over the draws.
+
+    Raises:
+        ValueError: an embedding or a score is not finite.
+    """
+    return [_evaluate_task(encoder, task, batch_size, progress) for task in tasks]
+
+
+def compare(scores: list[Score], baseline: list[Score]) -> list[Score]:
+    """The scores with `baseline` and `retention` (score / baseline) beside each.
+
+    Raises:
+        ValueError: a task is missing in the baseline, was run on other data, or its baseline score is not positive.
+    """
+    return [{**record, **_retention(record, _same_task(baseline, record["task"], record["revision"]))} for record in scores]
+
+
+def check_baseline(baseline: list[Score], tasks: Sequence[AbsTask]) -> None:
+    """Raise at once the ValueError that `compare` would raise after the tasks have run, as far as it is known before."""
+    for task in tasks:
+        _same_task(baseline, task.metadata.name, task.metadata.revision)
+
+
+def add_fidelity(scores: list[Score], student: CachedEncoder, teacher: CachedEncoder, seed: int) -> list[Score]:
+    """The scores with the fidelity to the teacher on each task's distinct texts; both models must have run the tasks."""
+    return [
+        {**record, "fidelity": fidelity(student.embeddings(record["task"]), teacher.embeddings(record["task"]), seed)}
+        for record in scores
+    ]
+
+
+def summarize(scores: list[Score]) -> dict[str, dict[str, float]]:
+    """Means of score, baseline and retention by task type, and over all tasks as `all`; each task counts once."""
+    groups: dict[str, list[Score]] = defaultdict(list)
+    for record in scores:
+        groups[record["type"]].append(record)
+    groups["all"] = scores
+    keys = [key for key in ("score", "baseline", "retention") if key in scores[0]]
+    return {name: {"tasks": len(group), **{k: fmean(r[k] for r in group) for k in keys}} for name, group in groups.items()}
+
+
+def read_baseline(path: str | Path) -> dict[str, Any]:
+    """A results JSON of an earlier run of the baseline.
+
+    Raises:
+        ValueError: the file holds no scores.
+    """
+    report = read_object(Path(path).read_text(encoding="utf-8"), str(path))
+    if not report.get("scores"):
+        raise ValueError(f"{path} holds no scores; pass a results JSON of this recipe, or a model")
+    return report
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The report as one table: tasks grouped by type, each group with its mean. Scores in per cent."""
+    columns: list[tuple[str, Callable[[Score], float | None], str]] = [
+        ("baseline", lambda r: r.get("baseline"), "{:.2%}"),
+        ("model", lambda r: r["score"], "{:.2%}"),
+        ("retention", lambda r: r.get("retention"), "{:.1%}"),
+        ("cosine", lambda r: r.get("fidelity", {}).get("cosine"), "{:.3f}"),
+        ("overlap@10", lambda r: r.get("fidelity", {}).get("overlap_at_10"), "{:.3f}"),
+    ]
+    shown = [c for c in columns if any(c[1](record) is not None for record in report["scores"])]
+    against = f" against {report['baseline']}" if "baseline" in report else ""
+    result = Table("task", "type", "metric", title=report["model"] + against)
+    for header, *_ in shown:
+        result.add_column(header, justify="right")
+
+    def add(names: tuple[str, str, str], record: Score, **style: Any) -> None:
+        values = ((pick(record), form) for _, pick, form in shown)
+        result.add_row(*names, *("" if value is None else form.format(value) for value, form in values), **style)
+
+    for kind, mean in report["summary"].items():
+        records = [record for record in report["scores"] if record["type"] == kind]
+        for record in records:
+            add((record["task"], kind, record["metric"]), record)
+        if mean["tasks"] > 1:
+            add((f"mean of {mean['tasks']}", kind, ""), mean, style="bold")
+        result.add_section()
+    return result
+
+
+def _evaluate_task(encoder: CachedEncoder, task: AbsTask, batch_size: int, progress: bool) -> Score:
+    outcome = mteb.evaluate(
+        encoder,
+        task,
+        cache=None,  # mteb's own cache is by model name, and a model in training keeps its name
+        co2_tracker=False,
+        encode_kwargs={"batch_size": batch_size, "show_progress_bar": progress},
+        show_progress_bar=False,
+    )
+    if outcome.exceptions:
+        raise ValueError(f"task {task.metadata.name}: {outcome.exceptions[0].exception}")
+    result: Any = outcome.task_results[0]
+    record: Score = {
+        "task": task.metadata.name,
+        "type": task.metadata.type,
+        "metric": task.metadata.main_score,
+        "score": float(result.get_score()),
+        **_std(result),
+        **{option: getattr(task, option) for option in ("samples_per_label", "n_experiments") if hasattr(task, option)},
+        "splits": list(result.scores),
+        "revision": task.metadata.revision,
+        "seconds": round(result.evaluation_time, 1),
+    }
+    if not np.isfinite(record["score"]):
+        raise ValueError(f"task {record['task']}: {record['metric']} is not a number; are all embeddings equal?")
+    return record
+
+
+def _std(result: Any) -> dict[str, float]:
+    """Standard deviation over the draws, where mteb reports them and there is one split in one language."""
+    (scores, *others), *more = result.scores.values()
+    if others or more:
+        return {}
+    if "v_measure_std" in scores:
+        return {"std": scores["v_measure_std"]}
+    if "scores_per_experiment" in scores:
+        return {"std": float(np.std([s["accuracy"] for s in scores["scores_per_experiment"]]))}
+    return {}
+
+
+def _same_task(baseline: list[Score], name: str, revision: str) -> Score:
+    record = next((r for r in baseline if r["task"] == name), None)
+    if record is None:
+        raise ValueError(f"the baseline lacks task {name!r}; it has {', '.join(r['task'] for r in baseline)}")
+    if record["revision"] != revision:
+        raise ValueError(f"task {name!r}: the baseline was measured on other data; run it again")
+    return record
+
+
+def _retention(record: Score, baseline: Score) -> dict[str, float]:
+    before = baseline["score"]
+    if before <= 0:
+        raise ValueError(f"task {record['task']!r}: the baseline scores {before:.4f}; retention needs a positive score")
+    return {"baseline": before, "retention": record["score"] / before}

@@ -1,0 +1,98 @@
+"""Evaluate a model, and how much of a baseline's quality it keeps.
+
+    python recipes/evaluate.py MODEL --baseline TEACHER --tasks STSBenchmark --tasks SciFact
+    python recipes/evaluate.py MODEL --baseline teacher.json --data DIR --output results.json
+
+MODEL and TEACHER are Hub ids or folders of any SentenceTransformer, ternary or not. What DIR must hold is said in
+`hf_ternary.evaluation.tasks`. A baseline measured before is given as its results JSON.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+
+from hf_ternary.evaluation.encoder import CachedEncoder
+from hf_ternary.evaluation.fidelity import fidelity
+from hf_ternary.evaluation.files import read_texts
+from hf_ternary.evaluation.report import add_fidelity, check_baseline, compare, evaluate, read_baseline, summarize, table
+from hf_ternary.evaluation.results import provenance, weights, write_json
+from hf_ternary.evaluation.tasks import SEED, local_tasks, mteb_tasks
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=(__doc__ or "").split("\n\n")[0])
+def main(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a SentenceTransformer")],
+    baseline: Annotated[str | None, typer.Option(help="teacher to compare with, or the results JSON of its run")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="an MTEB task, or one of --data's folders; repeatable")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of local tasks")] = None,
+    split: Annotated[str | None, typer.Option(help="split of local tasks (default: test, else dev)")] = None,
+    languages: Annotated[list[str] | None, typer.Option(help="ISO 639-3 language of MTEB tasks (default: all)")] = None,
+    texts: Annotated[Path | None, typer.Option(help="txt, or jsonl with `text`, for fidelity to the baseline")] = None,
+    output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
+    name: Annotated[str | None, typer.Option(help="model's name in the results (default: id or folder name)")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts a forward pass")] = 64,
+    seed: Annotated[int, typer.Option(help="of the draws of local tasks and of fidelity")] = SEED,
+) -> None:
+    if data is None and not tasks:
+        _stop("nothing to evaluate; pass --data, --tasks or both")
+    if texts and (baseline is None or baseline.endswith(".json")):
+        _stop("--texts compares embeddings, so it needs --baseline as a model")
+
+    def new_tasks() -> list[Any]:
+        return local_tasks(data, tasks, split, seed) if data else mteb_tasks(tasks or [], languages)
+
+    try:
+        # What can be wrong is found before hours of work, not after.
+        checked = new_tasks()
+        lines = read_texts(texts) if texts else []
+        earlier = read_baseline(baseline) if baseline and baseline.endswith(".json") else None
+        if earlier:
+            check_baseline(earlier["scores"], checked)
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+
+        student = CachedEncoder(SentenceTransformer(model))
+        teacher = CachedEncoder(SentenceTransformer(baseline)) if baseline and not earlier else None
+        report: dict[str, Any] = {
+            "model": name or _label(model),
+            "max_seq_length": student.max_seq_length,
+            "batch_size": batch_size,
+            "weights": weights(model),
+        }
+        scores = evaluate(student, checked, batch_size)
+        if earlier:
+            scores = compare(scores, earlier["scores"])
+            report |= {"baseline": earlier["model"], "baseline_weights": earlier["weights"]}
+        if teacher and baseline:
+            scores = compare(scores, evaluate(teacher, new_tasks(), batch_size))
+            scores = add_fidelity(scores, student, teacher, seed)
+            report |= {"baseline": _label(baseline), "baseline_weights": weights(baseline)}
+            if texts:
+                vectors = [encoder.model.encode(lines, batch_size=batch_size) for encoder in (student, teacher)]
+                report["fidelity"] = {"file": texts.name, **fidelity(*vectors, seed)}
+        report |= {"scores": scores, "summary": summarize(scores), **provenance(seed)}
+        Console().print(table(report))
+        if "fidelity" in report:
+            Console().print(f"fidelity: {report['fidelity']}")
+        if output:
+            write_json(output, report)
+    except (ValueError, ImportError, OSError) as error:
+        _stop(str(error))
+
+
+def _label(model: str) -> str:
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _stop(message: str) -> None:
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()

