@@ -13,17 +13,26 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config import TernaryConfig
-    from .hub import save_pretrained
+    from .hub import push_to_hub, save_pretrained
     from .modules import QuantizedEmbedding, TernaryLinear
     from .ops.backends import capabilities
 
-__all__ = ["QuantizedEmbedding", "TernaryConfig", "TernaryLinear", "__version__", "capabilities", "save_pretrained"]
+__all__ = [
+    "QuantizedEmbedding",
+    "TernaryConfig",
+    "TernaryLinear",
+    "__version__",
+    "capabilities",
+    "push_to_hub",
+    "save_pretrained",
+]
 
 _HOME = {
     "TernaryConfig": ".config",
     "TernaryLinear": ".modules",
     "QuantizedEmbedding": ".modules",
     "capabilities": ".ops.backends",
+    "push_to_hub": ".hub",
     "save_pretrained": ".hub",
 }
 

@@ -69,12 +69,12 @@ class TernaryHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             convert.ternarize_model(model, self.quantization_config, _ties(model), model._keep_in_fp32_modules or ())
             self._release(model, convert.tie(model, _ties(model)))
-            return model
         for name, module in model.named_modules():
             if isinstance(module, (TernaryLinear, QuantizedEmbedding)):
                 _check_loaded(name, module)
-        if self.quantization_config.dequantize:
-            self._dequantize(model)
+        if self.pre_quantized and self.quantization_config.dequantize:
+            return self._dequantize(model)
+        model.add_model_tags(["ternary", "1.58-bit"])  # for the card that transformers' own push_to_hub writes
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

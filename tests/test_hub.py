@@ -1,5 +1,6 @@
 """Saving, the swap of folders, and pushes by the real huggingface_hub client to a Hub on loopback."""
 
+import io
 import logging
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import transformers
 from torch import nn
 
 from hf_ternary import TernaryConfig
+from hf_ternary.__main__ import main
 from hf_ternary.convert import fake_ternarize_model
 from hf_ternary.hub import push_to_hub, save_pretrained
 
@@ -27,7 +30,7 @@ from .conftest import SENTENCES, tiny_tokenizer
 from .hub_server import TOKEN, HubServer
 
 KINDS = ["SentenceTransformer", "CrossEncoder", "SparseEncoder", "BertModel"]
-PACKED = {"quantization_config": TernaryConfig(embedding_bits=4)}
+PACKED = {"quantization_config": TernaryConfig()}
 
 
 def load(kind: str, model: str | Path, options: dict[str, Any] | None = None, **arguments: Any) -> Any:
@@ -367,6 +370,24 @@ def test_revision_and_pull_request(bert: nn.Module, saved: Path, online: Callabl
     assert readmes["main"].startswith(b"---")
     for loaded in online(_load_revisions, repo, ["main", "v2", "refs/pr/1"]):
         np.testing.assert_array_equal(loaded, outputs(bert))
+
+
+def _push_with_wrong_token(folder: Path) -> tuple[int | str | None, str]:
+    """Exit status and standard error of the command line."""
+    with pytest.MonkeyPatch.context() as environment, redirect_stderr(io.StringIO()) as error:
+        environment.setenv("HF_TOKEN", "hf_wrong")
+        with pytest.raises(SystemExit) as exit_:
+            main(["push", str(folder), "tester/refused"])
+    return exit_.value.code, error.getvalue()
+
+
+def test_a_wrong_token_is_one_line(saved: Path, online: Callable[..., Any], hub: HubServer) -> None:
+    status, error = online(_push_with_wrong_token, saved)
+    assert status == 2
+    assert error.startswith("hf-ternary: error: ")
+    assert "401" in error
+    assert error.count("\n") == 1
+    assert "tester/refused" not in hub.repositories
 
 
 def _push_float(source: Path, repo: str, max_shard_size: str) -> None:

@@ -1,0 +1,248 @@
+"""Saving and sharing packed models: a folder is replaced whole or not at all; a push carries a model card.
+
+``model.save_pretrained`` and ``model.push_to_hub`` of transformers and sentence-transformers work on packed models too.
+The functions here add the safe replacement, a check of what was written, and the card.
+"""
+
+import glob
+import logging
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import model_card
+from .info import read_info
+from .modules import FakeQuantizedEmbedding, FakeTernaryLinear, QuantizedEmbedding, TernaryLinear
+
+logger = logging.getLogger(__name__)
+
+# What a model folder may hold; anything else in it is the user's and is never deleted.
+_MODEL_ENTRY = re.compile(r".+\.(json|safetensors|bin|txt|md|model|jinja|py)|\.gitattributes|\d+_\w+|assets")
+
+# Weights of an earlier push that the new ones replace.
+_STALE_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+
+
+def save_pretrained(
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Any = None,
+    base_model: str | None = None,
+    results: str | Path | None = None,
+) -> Path:
+    """Save a packed model with a card. An interrupted or failed save leaves what was at ``path`` before.
+
+    Args:
+        model: a packed ``PreTrainedModel``, ``SentenceTransformer``, ``CrossEncoder`` or ``SparseEncoder``.
+        path: folder to make, or a model folder to replace.
+        tokenizer: tokenizer or processor to save beside a ``PreTrainedModel``; the others save theirs.
+        base_model: Hub id of the full-precision model; by default where ``model`` was loaded from.
+        results: results JSON of ``recipes/evaluate.py`` measured on these weights, for the card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model is not packed, or ``path`` cannot or must not be replaced.
+        OSError: writing failed, as on a full disk.
+    """
+    _check_model(model)
+    target = Path(path).expanduser().resolve()
+    _check_target(target)
+    with _replacing(target) as folder:
+        try:
+            _write(model, folder, tokenizer)
+            _verify(model, folder)
+        except SafetensorError as error:
+            raise OSError(f"{target} could not be written: {error}. What was there before is unchanged") from error
+        _create_card(model, folder, target.name, base_model, results).save(folder / "README.md")
+    return target
+
+
+def push_to_hub(
+    model: nn.Module | str | Path,
+    repo_id: str,
+    *,
+    tokenizer: Any = None,
+    base_model: str | None = None,
+    results: str | Path | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Upload a packed model and its card; the repository, and the branch ``revision``, are made if they do not exist.
+
+    Args:
+        model: a model as in :func:`save_pretrained`, or the folder of a saved one, which goes up as it is.
+        repo_id: ``"user/name"``, or ``"name"`` for the token's user.
+        tokenizer, base_model, results: see :func:`save_pretrained`; for a model, not for a folder.
+        private, revision, create_pr, commit_message, token: as in ``huggingface_hub.HfApi.upload_folder``.
+
+    Returns:
+        URL of the commit, or of the pull request.
+
+    Raises:
+        ValueError: no packed model, or a malformed ``repo_id``.
+        OSError: the Hub refused or cannot be reached.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / repo_id.rpartition("/")[2]
+        if isinstance(model, nn.Module):
+            save_pretrained(model, folder, tokenizer, base_model, results)
+        else:
+            source = Path(model).expanduser().resolve()
+            read_info(source)
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".git", ".cache"))
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        model_card.set_repo_id(folder / "README.md", repo_id)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload a ternary model with hf_ternary",
+            delete_patterns=_STALE_WEIGHTS,
+        )
+    return commit.pr_url or commit.commit_url
+
+
+def _check_model(model: nn.Module) -> None:
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(
+            f"{type(model).__name__} cannot be saved. Fix: give a PreTrainedModel, SentenceTransformer, CrossEncoder or "
+            "SparseEncoder"
+        )
+    kinds = {type(module) for module in model.modules()}
+    if kinds & {FakeTernaryLinear, FakeQuantizedEmbedding}:
+        raise ValueError(
+            f"{type(model).__name__} holds layers in training, not packed ones. Fix: call "
+            "hf_ternary.convert.pack_model(model) first"
+        )
+    if TernaryLinear not in kinds:
+        raise ValueError(
+            f"{type(model).__name__} has no ternary layer. Fix: load it with "
+            "quantization_config=hf_ternary.TernaryConfig(), or save it with its own save_pretrained"
+        )
+
+
+def _check_target(target: Path) -> None:
+    """Refuse every ``target`` that cannot be replaced without losing something that is no model."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file. Fix: give a folder")
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(f"{target} is, or holds, the working directory. Fix: give a folder inside it")
+    entries = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
+    if entries and not {"config.json", "modules.json"} & set(entries):
+        raise ValueError(f"{target} is not empty and holds no model. Fix: choose another folder or empty this one")
+    foreign = [entry for entry in entries if not _MODEL_ENTRY.fullmatch(entry)]
+    if foreign:
+        raise ValueError(
+            f"{target} also holds {foreign[0]!r}, which replacing the model would delete. Fix: move it, or choose "
+            "another folder"
+        )
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its place when the block ends, and is removed if it raises."""
+    new, old = _beside(target, "new"), _beside(target, "old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _handle_leftovers(target)
+        new.mkdir()
+    except OSError as error:
+        raise ValueError(
+            f"no folder can be made in {target.parent} ({error.strerror}). Fix: choose a folder that you may write to"
+        ) from error
+    try:
+        yield new
+        _flush(new)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(target: Path, role: str) -> Path:
+    # A name of its own for every save: two processes that save at once never write into one folder.
+    return target.with_name(f".{target.name}.{role}-{uuid.uuid4().hex[:8]}")
+
+
+def _handle_leftovers(target: Path) -> None:
+    """After a kill: bring a model back that had been moved aside, and name what was half written."""
+    name = glob.escape(target.name)
+    aside = sorted(target.parent.glob(f".{name}.old-*"))
+    if aside and not target.exists():
+        aside.pop().rename(target)
+        logger.warning("An interrupted save had moved %s aside; it was brought back.", target)
+    for leftover in [*aside, *sorted(target.parent.glob(f".{name}.new-*"))]:
+        logger.warning("An interrupted save left %s; delete it unless another process is saving there now.", leftover)
+
+
+def _flush(folder: Path) -> None:
+    """Force everything to disk; some file systems report that they are full only now."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+
+
+def _write(model: Any, folder: Path, tokenizer: Any) -> None:
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
+    else:
+        model.save_pretrained(str(folder), create_model_card=False)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _verify(model: nn.Module, folder: Path) -> None:
+    """Compare the headers of the files with the model's packed layers."""
+    packed = [module for module in model.modules() if isinstance(module, (TernaryLinear, QuantizedEmbedding))]
+    expected = Counter((len(m.weight), m.weight.nbytes + m.weight_scale.nbytes) for m in packed)
+    written = Counter((layer.shape[0], layer.bytes) for layer in read_info(folder).layers)
+    if written != expected:
+        raise ValueError(
+            f"{type(model).__name__} was not saved whole: {written.total()} of its {len(packed)} packed layers are in the "
+            "files. Fix: save a model that from_pretrained loaded, without adapters"
+        )
+
+
+def _create_card(
+    model: nn.Module, folder: Path, name: str, base_model: str | None, results: str | Path | None
+) -> model_card.ModelCard:
+    config = getattr(model, "config", None)  # a SentenceTransformer's is that of its transformers model
+    source = getattr(config, "_name_or_path", None) or None
+    return model_card.create(folder, name, base_model or _hub_id(source), source, results)
+
+
+def _hub_id(source: str | None) -> str | None:
+    """``source`` if it is a model on the Hub, which was downloaded then, and not a path."""
+    try:
+        is_cached = source is not None and isinstance(try_to_load_from_cache(source, "config.json"), str)
+    except HFValidationError:
+        is_cached = False
+    return source if is_cached else None

@@ -1,0 +1,154 @@
+"""What a packed model folder holds, read from its files: no model is built and no model code runs."""
+
+import json
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from . import packing
+from .config import QUANT_METHOD, TernaryConfig
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One packed layer on disk.
+
+    Attributes:
+        name: as in the file.
+        kind: ``"linear"`` or ``"embedding"``.
+        bits: bits a weight.
+        shape: of the float weight. A width that does not fill its last byte counts as if it did: files do not state it.
+        groups: scales a row.
+        zeros: share of zeros among the weights of a linear layer; None for an embedding, whose levels have no zero.
+        bytes: weight and scales.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    shape: tuple[int, int]
+    groups: int
+    zeros: float | None
+    bytes: int
+
+    @property
+    def float32_bytes(self) -> int:
+        return 4 * self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A packed model on disk; ``float_tensors`` is {name: number of values} of all that is not packed."""
+
+    config: TernaryConfig
+    layers: tuple[Layer, ...]
+    float_tensors: dict[str, int]
+    bytes: int
+
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes that the same tensors take in float32."""
+        return sum(layer.float32_bytes for layer in self.layers) + 4 * sum(self.float_tensors.values())
+
+    @property
+    def zeros(self) -> float:
+        """Share of zeros among all ternary weights."""
+        sizes = [(layer.zeros, layer.float32_bytes) for layer in self.layers if layer.zeros is not None]
+        return sum(zeros * size for zeros, size in sizes) / sum(size for _, size in sizes)
+
+
+def read_info(folder: str | Path) -> ModelInfo:
+    """Read a model folder.
+
+    Raises:
+        ValueError: no packed ternary model, or a damaged file.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    files = sorted(folder.rglob("*.safetensors"))
+    with ExitStack() as stack:
+        home = {name: file for file in (_open(path, stack) for path in files) for name in list(file.keys())}
+        packed = sorted(name.removesuffix("_scale") for name in home if name.endswith(".weight_scale"))
+        if not packed:
+            raise ValueError(f"{folder} holds no packed weights. Fix: make them with `hf-ternary quantize {folder} DST`")
+        missing = [name for name in packed if name not in home]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing in {folder}. Fix: download it again or save the model again")
+        # The two tensors of a layer may lie in different shards.
+        pairs = {name: (home[name].get_tensor(name), home[f"{name}_scale"].get_tensor(f"{name}_scale")) for name in packed}
+        layers = tuple(_layer(name, weight, scale, config) for name, (weight, scale) in pairs.items())
+        rest = sorted(home.keys() - pairs.keys() - {f"{name}_scale" for name in pairs})
+        float_tensors = {name: math.prod(home[name].get_slice(name).get_shape()) for name in rest}
+    return ModelInfo(config, layers, float_tensors, sum(file.stat().st_size for file in files))
+
+
+def read_config(folder: Path) -> TernaryConfig:
+    """The ternary ``quantization_config`` of a model folder.
+
+    Raises:
+        ValueError: the folder holds no ternary model, or one of another format version.
+    """
+    options = _options(folder)
+    if options is None:
+        raise ValueError(f"{folder} holds no ternary model. Fix: make one with `hf-ternary quantize {folder} DST`")
+    return TernaryConfig.from_dict(options)
+
+
+def is_ternary(folder: Path) -> bool:
+    """Whether the model in ``folder`` is packed."""
+    return _options(folder) is not None
+
+
+def library_class(folder: Path) -> str | None:
+    """``"SentenceTransformer"``, ``"CrossEncoder"``, ... of sentence-transformers; None for a plain transformers model."""
+    if (folder / "modules.json").exists():
+        return read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    # How sentence-transformers before version 6 marked a cross-encoder.
+    return "CrossEncoder" if "sentence_transformers" in read_json(folder / "config.json") else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Fix: download it again or save the model again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _options(folder: Path) -> dict[str, Any] | None:
+    """``quantization_config`` in ``config.json``, which sentence-transformers may keep in a module's folder."""
+    for file in [folder / "config.json", *sorted(folder.glob("*/config.json"))]:
+        options = read_json(file).get("quantization_config") or {}
+        if options.get("quant_method") == QUANT_METHOD:
+            return options
+    return None
+
+
+def _open(path: Path, stack: ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, "pt"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}). Fix: download it again or save the model again") from error
+
+
+def _layer(name: str, weight: Any, scale: Any, config: TernaryConfig) -> Layer:
+    # A ternary weight never holds a field of 0; a table, which uses all its levels, does.
+    bits = config.embedding_bits if config.embedding_bits and packing.has_invalid_ternary(weight) else None
+    rows, size = weight.shape
+    width = size * 8 // (bits or 2)
+    return Layer(
+        name=name.removesuffix(".weight"),
+        kind="embedding" if bits else "linear",
+        bits=bits or 2,
+        shape=(rows, width),
+        groups=scale.shape[1],
+        zeros=None if bits else (packing.unpack(weight, width) == 0).float().mean().item(),
+        bytes=weight.nbytes + scale.nbytes,
+    )

@@ -1,0 +1,138 @@
+"""The card (README.md) of a ternary model on the Hub: what it is, how small, how to use it, how good, and where from.
+
+Every number comes from the model's own files or from a results JSON that was measured on just these files.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+
+from .evaluation.results import weights
+from .info import library_class, read_info, read_json
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TAGS = ["ternary", "1.58-bit"]
+PLACEHOLDER = "path/to/model"  # what the usage example calls a model that is in no repository yet
+
+# class of sentence-transformers -> (the Hub's task, what to do with `model`)
+_SENTENCE_TRANSFORMERS = {
+    "SentenceTransformer": ("sentence-similarity", 'embeddings = model.encode(["A sentence.", "Another one."])'),
+    "CrossEncoder": ("text-ranking", 'scores = model.predict([("A question?", "An answer.")])'),
+    "SparseEncoder": ("feature-extraction", 'embeddings = model.encode(["A sentence.", "Another one."])'),
+}
+_TASKS = {
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+}
+
+
+def set_repo_id(readme: Path, repo_id: str) -> None:
+    """Name the repository in the usage example of a card that :func:`create` made."""
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        readme.write_text(text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"'), encoding="utf-8")
+
+
+def create(
+    folder: Path,
+    name: str,
+    base_model: str | None = None,
+    source: str | None = None,
+    results: str | Path | None = None,
+) -> ModelCard:
+    """The card of the packed model in ``folder``; nothing is written.
+
+    Args:
+        folder: a saved ternary model.
+        name: its name, the heading of the card.
+        base_model: Hub id of the full-precision model.
+        source: folder or Hub id that the weights were loaded from; its card, or else the base model's, gives license and
+            language. If it holds these very ternary weights its card stays as it is.
+        results: JSON written by ``recipes/evaluate.py`` for this model; without it the card claims no quality.
+
+    Raises:
+        ValueError: no ternary model, a malformed ``base_model``, or results of other weights.
+    """
+    if base_model is not None:
+        validate_repo_id(base_model)
+    info, sha256 = read_info(folder), weights(folder)["sha256"]
+    parent = next((card for origin in (source, base_model) if origin and (card := load_card(origin))), None)
+    inherited = parent.data.to_dict() if parent else {}
+    if parent and set(TAGS) <= set(inherited.get("tags") or []):
+        if results is None and sha256 in parent.text:
+            return parent
+        base_model = base_model or inherited.get("base_model")
+    report = None if results is None else _read_results(Path(results), sha256)
+    sentence_class = library_class(folder)
+    architecture = (read_json(folder / "config.json").get("architectures") or ["AutoModel"])[0]
+    data = ModelCardData(
+        model_name=name if report else None,
+        base_model=base_model,
+        base_model_relation="quantized" if base_model else None,
+        library_name="sentence-transformers" if sentence_class else "transformers",
+        pipeline_tag=_task(sentence_class, architecture),
+        tags=TAGS,
+        eval_results=_eval_results(report) if report else None,
+        **{key: inherited[key] for key in ("language", "license", "license_name", "license_link") if key in inherited},
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        info=info,
+        config=info.config,
+        snippet=_snippet(sentence_class, architecture),
+        results=report,
+        sha256=sha256,
+    )
+
+
+def load_card(model: str) -> ModelCard | None:
+    """The card of a model folder or of a model on the Hub; None if it has none or cannot be reached."""
+    try:
+        return ModelCard.load(Path(model) / "README.md" if Path(model).is_dir() else model)
+    except (OSError, ValueError):
+        return None
+
+
+def _task(sentence_class: str | None, architecture: str) -> str:
+    if sentence_class:
+        return _SENTENCE_TRANSFORMERS.get(sentence_class, ("feature-extraction", ""))[0]
+    return next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), "feature-extraction")
+
+
+def _snippet(name: str | None, architecture: str) -> str:
+    if name:
+        use = _SENTENCE_TRANSFORMERS.get(name, ("", ""))[1]
+        return f'from sentence_transformers import {name}\n\nmodel = {name}("{PLACEHOLDER}")\n{use}'.rstrip()
+    return f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained("{PLACEHOLDER}")'
+
+
+def _read_results(path: Path, sha256: str) -> dict[str, Any]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(report, dict) or not report.get("scores"):
+        raise ValueError(f"{path} holds no scores. Fix: give a results JSON written by recipes/evaluate.py")
+    if (report.get("weights") or {}).get("sha256") != sha256:
+        raise ValueError(
+            f"{path} was measured on other weights than these (SHA-256 {sha256}). Fix: evaluate the saved model with "
+            "recipes/evaluate.py, or leave the results out"
+        )
+    return report
+
+
+def _eval_results(report: dict[str, Any]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=row["type"],
+            dataset_type=row["task"],
+            dataset_name=row["task"],
+            metric_type=row["metric"],
+            metric_value=row["score"],
+        )
+        for row in report["scores"]
+    ]

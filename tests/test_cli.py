@@ -1,0 +1,249 @@
+"""The command line as a user meets it: arguments in; exit status, standard output and standard error out."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import BertForMaskedLM
+
+import hf_ternary
+from hf_ternary.__main__ import main
+from hf_ternary.hub import save_pretrained
+from hf_ternary.info import read_info
+
+from .conftest import SENTENCES, save_tiny_bert
+from .hub_server import TOKEN, HubServer
+
+COMMANDS = ["quantize", "info", "encode", "bench", "push"]
+
+
+class Result(NamedTuple):
+    status: int | str | None
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        return Result(exit_.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_sentence_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"quantization_config": hf_ternary.TernaryConfig()}
+    model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu", model_kwargs=options)
+    return save_pretrained(model, tmp_path_factory.mktemp("cli") / "packed")
+
+
+def assert_is_one_line_error(result: Result, *parts: object) -> None:
+    assert result.status == 2
+    assert result.err.startswith("hf-ternary: error: ")
+    assert result.err.count("\n") == 1
+    for part in parts:
+        assert str(part) in result.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str, run: Run) -> None:
+    result = run(command, "--help")
+    assert result.status == 0
+    assert f"$ hf-ternary {command} " in result.out
+
+
+def test_help_lists_the_commands(run: Run) -> None:
+    result = run("--help")
+    assert all(command in result.out for command in COMMANDS)
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == Result(0, f"hf-ternary {hf_ternary.__version__}\n", "")
+
+
+def test_quantize_a_sentence_transformer(tiny_sentence_transformer: Path, packed: Path, run: Run, tmp_path: Path) -> None:
+    result = run("quantize", tiny_sentence_transformer, tmp_path / "out")
+    assert result.status == 0
+    assert "12 ternary layers" in result.out
+    made, expected = (SentenceTransformer(str(path), device="cpu") for path in (tmp_path / "out", packed))
+    assert [type(module) for module in made] == [type(module) for module in expected]  # pooling, normalisation
+    np.testing.assert_array_equal(made.encode(SENTENCES), expected.encode(SENTENCES))
+
+
+def test_quantize_a_cross_encoder(tiny_cross_encoder: Path, run: Run, tmp_path: Path) -> None:
+    assert run("quantize", tiny_cross_encoder, tmp_path / "out", "--embedding-bits", "none").status == 0
+    assert {layer.kind for layer in read_info(tmp_path / "out").layers} == {"linear"}
+    scores = CrossEncoder(str(tmp_path / "out"), device="cpu").predict([("a cat", "a dog")])
+    assert np.isfinite(scores).all()
+
+
+def test_quantize_a_transformers_model_keeps_head_and_tokenizer(run: Run, tmp_path: Path) -> None:
+    source = save_tiny_bert(tmp_path / "float", "BertForMaskedLM")
+    assert run("quantize", source, tmp_path / "out").status == 0
+    before, after = (BertForMaskedLM.from_pretrained(path) for path in (source, tmp_path / "out"))
+    assert torch.equal(before.cls.predictions.transform.dense.weight, after.cls.predictions.transform.dense.weight)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_quantize_passes_every_option_on(tiny_bert: Path, run: Run, tmp_path: Path) -> None:
+    options = "--group-size 16 --weight-scheme absmean --activation none --embedding-bits 8 --embedding-group-size 16"
+    keep = ["--modules-to-not-convert", "layer.0", "--modules-to-not-convert", "pooler", "--base-model", "me/base"]
+    assert run("quantize", tiny_bert, tmp_path / "out", *options.split(), *keep).status == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written == hf_ternary.TernaryConfig(16, "absmean", None, 8, 16, ["layer.0", "pooler"]).to_dict()
+    assert "base_model: me/base\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--group-size", "7"),
+        ("--group-size", "-4"),
+        ("--group-size", "column"),
+        ("--weight-scheme", "best"),
+        ("--activation", "int4"),
+        ("--embedding-bits", "3"),
+        ("--embedding-bits", "few"),
+        ("--modules-to-not-convert", "no.such.module"),
+    ],
+)
+def test_quantize_names_a_bad_option(option: str, value: str, tiny_bert: Path, run: Run, tmp_path: Path) -> None:
+    result = run("quantize", tiny_bert, tmp_path / "out", f"{option}={value}")
+    assert_is_one_line_error(result, option.strip("-").replace("-", "_"), value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_quantize_refuses_what_cannot_be_right(tiny_bert: Path, packed: Path, run: Run, tmp_path: Path) -> None:
+    assert_is_one_line_error(run("quantize", packed, tmp_path / "out"), packed, "ternary already", "Fix")
+    assert_is_one_line_error(run("quantize", tiny_bert, tiny_bert), tiny_bert, "Fix")
+    assert_is_one_line_error(run("quantize", tmp_path / "nothing", tmp_path / "out"), "nothing is no folder", "Fix")
+    assert_is_one_line_error(run("quantize", "nobody/nothing", tmp_path / "out"), "nobody/nothing", "Fix")
+    assert os.listdir(tmp_path) == []
+
+
+def test_info_lists_every_layer(packed: Path, run: Run) -> None:
+    result = run("info", packed)
+    assert result.status == 0
+    (row,) = [line.split() for line in result.out.splitlines() if "encoder.layer.0.intermediate.dense" in line]
+    assert row[1:4] == ["linear", "2", "64x32"]
+    assert row[-1] == hf_ternary.capabilities()["backend"]
+    (row,) = [line.split() for line in result.out.splitlines() if "word_embeddings" in line]
+    assert row[1:4] == ["embedding", "4", "200x32"]
+    assert f"{(packed / 'model.safetensors').stat().st_size:,}" in result.out
+    assert hf_ternary.capabilities()["reason"] in result.out
+
+
+def test_info_of_a_float_model(tiny_bert: Path, run: Run) -> None:
+    assert_is_one_line_error(run("info", tiny_bert), tiny_bert, "hf-ternary quantize")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
+def test_encode_to_a_file(suffix: str, packed: Path, run: Run, tmp_path: Path) -> None:
+    output = tmp_path / f"out{suffix}"
+    assert run("encode", packed, *SENTENCES, "--output", output, "--batch-size", 2).status == 0
+    expected = SentenceTransformer(str(packed), device="cpu").encode(SENTENCES)
+    if suffix == ".npy":
+        np.testing.assert_array_equal(np.load(output), expected)
+        return
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["text"] for row in rows] == SENTENCES
+    np.testing.assert_array_equal(np.float32([row["embedding"] for row in rows]), expected)
+    assert os.listdir(tmp_path) == [output.name]
+
+
+def test_encode_reads_lines(packed: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts").write_text("a cat\na dog\n")
+    from_file = run("encode", packed, "--input", tmp_path / "texts")
+    monkeypatch.setattr("sys.stdin", io.StringIO("a cat\na dog\n"))
+    from_stdin = run("encode", packed)
+    assert [json.loads(line)["text"] for line in from_file.out.splitlines()] == ["a cat", "a dog"]
+    assert from_stdin.out == from_file.out
+
+
+def test_encode_names_bad_input(packed: Path, tiny_cross_encoder: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("")
+    assert_is_one_line_error(run("encode", packed, "--input", tmp_path / "empty"), "there is no text", "Fix")
+    assert_is_one_line_error(run("encode", packed, "--input", tmp_path / "none"), "none")
+    assert_is_one_line_error(run("encode", packed, "a", "--output", tmp_path / "out.csv"), "out.csv", "Fix")
+    assert_is_one_line_error(run("encode", tiny_cross_encoder, "a"), "CrossEncoder", "Fix")
+
+
+def test_encode_never_writes_a_nan(packed: Path, run: Run, tmp_path: Path) -> None:
+    model = SentenceTransformer(str(packed), device="cpu")
+    model.transformers_model.embeddings.word_embeddings.weight_scale[:] = torch.inf
+    model.save_pretrained(str(tmp_path / "broken"))
+    result = run("encode", tmp_path / "broken", "a cat", "--output", tmp_path / "out.npy")
+    assert_is_one_line_error(result, "Fix")
+    assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.parametrize("kind", ["SentenceTransformer", "CrossEncoder"])
+def test_bench_compares_with_float32(kind: str, packed: Path, tiny_cross_encoder: Path, run: Run, tmp_path: Path) -> None:
+    if kind == "CrossEncoder":
+        assert run("quantize", tiny_cross_encoder, tmp_path / "cross").status == 0
+        packed = tmp_path / "cross"
+    (tmp_path / "texts").write_text("a cat\na dog sat on the red cat\n")
+    result = run("bench", packed, "--input", tmp_path / "texts")
+    assert result.status == 0, result.err
+    rows = [line for line in result.out.splitlines() if line.lstrip("│ ").startswith(("ternary", "float32"))]
+    assert len(rows) == 2
+    assert "1.00x" in rows[1]
+    assert "2 texts" in result.out
+
+
+def test_bench_of_a_float_model(tiny_sentence_transformer: Path, run: Run) -> None:
+    assert_is_one_line_error(run("bench", tiny_sentence_transformer), "holds no ternary model", "hf-ternary quantize")
+
+
+def test_bench_needs_five_rounds(packed: Path, run: Run) -> None:
+    result = run("bench", packed, "--rounds", 4)
+    assert result.status == 2
+    assert "--rounds" in result.err
+
+
+def test_debug_shows_the_traceback(packed: Path) -> None:
+    with pytest.raises(ValueError, match="there is no text"):
+        main(["--debug", "encode", str(packed), "--input", os.devnull])
+
+
+@pytest.mark.parametrize("package", ["typer", "torch", "sentence_transformers"])
+def test_a_missing_package_names_the_fix(
+    package: str, packed: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "typer":
+        monkeypatch.delitem(sys.modules, "hf_ternary.cli")
+    result = run("bench" if package == "torch" else "encode", packed, *([] if package == "torch" else ["a"]))
+    assert_is_one_line_error(result, f"{package} is not installed. Fix: pip install 'hf_ternary[hf]'")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, hf_ternary.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_push_in_a_real_process(packed: Path) -> None:
+    with HubServer() as hub:
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        command = [sys.executable, "-m", "hf_ternary", "push", str(packed), "tester/cli", "--private"]
+        pushed = subprocess.run(command, env={**os.environ, **online}, capture_output=True, text=True)
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.startswith(f"{hub.url}/tester/cli/commit/")
+    assert hub.files("tester/cli")["model.safetensors"].content == (packed / "model.safetensors").read_bytes()
+    assert hub.repositories["tester/cli"].is_private
+    assert hub.unhandled == []

@@ -1,0 +1,168 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from huggingface_hub import ModelCard
+
+from hf_ternary import TernaryConfig
+from hf_ternary.evaluation.results import provenance, weights
+from hf_ternary.hub import save_pretrained
+from hf_ternary.info import read_info
+from hf_ternary.model_card import PLACEHOLDER, create, set_repo_id
+
+from .conftest import save_tiny_bert
+
+
+def quantized(source: Path, target: Path, model_class: str = "BertModel", **options: Any) -> Path:
+    loaded = getattr(transformers, model_class).from_pretrained(source, quantization_config=TernaryConfig(**options))
+    return save_pretrained(loaded, target)
+
+
+@pytest.fixture
+def folder(tiny_bert: Path, tmp_path: Path) -> Path:
+    return quantized(tiny_bert, tmp_path / "packed", embedding_bits=4)
+
+
+def write_results(path: Path, folder: Path, **changes: Any) -> Path:
+    """A results JSON as recipes/evaluate.py writes it."""
+    score = {"task": "STSBenchmark", "type": "STS", "metric": "cosine_spearman", "splits": ["test"]}
+    report = {
+        "model": "packed",
+        "weights": weights(folder),
+        "baseline": "tester/teacher",
+        "scores": [{**score, "score": 0.81234, "baseline": 0.82, "retention": 0.81234 / 0.82}],
+        "fidelity": {"file": "texts.txt", "cosine": 0.9512, "overlap_at_10": 0.8},
+        **provenance(seed=7),
+        **changes,
+    }
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_metadata(folder: Path) -> None:
+    data = create(folder, "packed", base_model="tester/teacher").data.to_dict()
+    assert data == {
+        "base_model": "tester/teacher",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "feature-extraction",
+        "tags": ["ternary", "1.58-bit"],
+    }
+
+
+def test_sizes_are_measured(folder: Path) -> None:
+    info, text = read_info(folder), create(folder, "packed").text
+    ratio = info.bytes / info.float32_bytes
+    assert f"| {info.bytes / 1e6:.2f} MB | {info.float32_bytes / 1e6:.2f} MB | {ratio:.3f} |" in text
+    assert weights(folder)["sha256"] in text
+    assert "12 linear layers" in text
+    assert "4 bits a weight" in text
+
+
+def test_no_quality_is_claimed_without_results(folder: Path) -> None:
+    card = create(folder, "packed")
+    assert "Quality" not in card.text
+    assert card.data.eval_results is None
+
+
+def test_quality_comes_from_the_results(folder: Path, tmp_path: Path) -> None:
+    card = create(folder, "packed", results=write_results(tmp_path / "results.json", folder))
+    assert "| STSBenchmark | STS | cosine_spearman | 81.23 | 82.00 | 99.1 % |" in card.text
+    assert "mean cosine of 0.951" in card.text
+    assert "tester/teacher" in card.text
+    assert "seed 7" in card.text
+    (result,) = ModelCard(str(card)).data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("STSBenchmark", "cosine_spearman", 0.81234)
+
+
+def test_results_without_a_baseline(folder: Path, tmp_path: Path) -> None:
+    score = {"task": "SciFact", "type": "Retrieval", "metric": "ndcg_at_10", "score": 0.6}
+    results = write_results(tmp_path / "r.json", folder, baseline=None, fidelity=None, scores=[score])
+    text = create(folder, "packed", results=results).text
+    head = "| task | type | metric | this model |\n|---|---|---|---:|\n"
+    assert head + "| SciFact | Retrieval | ndcg_at_10 | 60.00 |\n" in text
+    assert "retention" not in text
+    assert "cosine" not in text
+
+
+def test_results_of_other_weights_are_refused(folder: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    other = quantized(tiny_bert, tmp_path / "other", weight_scheme="absmean")
+    with pytest.raises(ValueError, match=r"was measured on other weights .* Fix: evaluate the saved model"):
+        create(folder, "packed", results=write_results(tmp_path / "results.json", other))
+    with pytest.raises(ValueError, match=r"holds no scores\. Fix"):
+        create(folder, "packed", results=write_results(tmp_path / "results.json", folder, scores=[]))
+
+
+def test_a_malformed_base_model_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="Repo id must"):
+        create(folder, "packed", base_model="https://example.com/a/b/c")
+
+
+def test_license_and_language_are_the_base_models(minilm: Path, folder: Path) -> None:
+    data = create(folder, "packed", source=str(minilm)).data
+    assert (data.license, data.language) == ("apache-2.0", "en")
+    assert data.base_model is None  # a folder is no name on the Hub
+
+
+def test_a_model_loaded_packed_keeps_its_card(folder: Path, tmp_path: Path) -> None:
+    results = write_results(tmp_path / "results.json", folder)
+    create(folder, "packed", base_model="tester/teacher", results=results).save(folder / "README.md")
+    again = save_pretrained(transformers.BertModel.from_pretrained(folder), tmp_path / "again")
+    assert (again / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+
+
+def test_changed_weights_lose_their_quality_but_not_their_base(folder: Path, tmp_path: Path) -> None:
+    results = write_results(tmp_path / "results.json", folder)
+    create(folder, "packed", base_model="tester/teacher", results=results).save(folder / "README.md")
+    model = transformers.BertModel.from_pretrained(folder)
+    model.embeddings.LayerNorm.weight.data.add_(1)
+    card = ModelCard.load(save_pretrained(model, tmp_path / "again") / "README.md")
+    assert card.data.base_model == "tester/teacher"
+    assert "Quality" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("model_class", "tag"),
+    [
+        ("BertForMaskedLM", "fill-mask"),
+        ("BertForSequenceClassification", "text-classification"),
+        ("BertModel", "feature-extraction"),
+    ],
+)
+def test_task_and_example_of_a_transformers_model(model_class: str, tag: str, tmp_path: Path) -> None:
+    folder = quantized(save_tiny_bert(tmp_path / "float", model_class), tmp_path / "packed", model_class)
+    card = create(folder, "packed")
+    assert card.data.pipeline_tag == tag
+    assert f'{model_class}.from_pretrained("{PLACEHOLDER}")' in card.text
+
+
+@pytest.mark.parametrize(
+    ("fixture", "name", "tag"),
+    [
+        ("tiny_sentence_transformer", "SentenceTransformer", "sentence-similarity"),
+        ("tiny_cross_encoder", "CrossEncoder", "text-ranking"),
+        ("tiny_sparse_encoder", "SparseEncoder", "feature-extraction"),
+    ],
+)
+def test_task_and_example_of_sentence_transformers(
+    fixture: str, name: str, tag: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    import sentence_transformers
+
+    options = {"quantization_config": TernaryConfig()}
+    model = getattr(sentence_transformers, name)(str(request.getfixturevalue(fixture)), device="cpu", model_kwargs=options)
+    folder = save_pretrained(model, tmp_path / "packed")
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", tag)
+    example = card.text.split("```python\n")[1].split("```")[0].replace(PLACEHOLDER, str(folder))
+    exec(example, {})
+
+
+def test_set_repo_id(folder: Path) -> None:
+    readme = folder / "README.md"
+    assert PLACEHOLDER in readme.read_text()
+    set_repo_id(readme, "me/model")
+    assert 'BertModel.from_pretrained("me/model")' in readme.read_text()
+    set_repo_id(folder / "no-such-file.md", "me/model")
