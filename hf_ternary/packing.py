@@ -50,4 +50,7 @@ def unpack(packed: torch.Tensor, n: int, bits: int = 2) -> torch.Tensor:
 
 def has_invalid_ternary(packed: torch.Tensor) -> bool:
     """Whether any of the four 2-bit fields of any byte is 0, which no ternary value is stored as."""
-    return bool((((packed | (packed >> 1)) & 0x55) != 0x55).any())
+    fields = packed >> 1
+    fields |= packed
+    fields &= 0x55
+    return packed.numel() > 0 and int(fields.min()) != 0x55

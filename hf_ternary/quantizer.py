@@ -195,7 +195,7 @@ def _where(files: Sequence[str] | None) -> str:
 
 
 def mark_quantized(model: PreTrainedModel, config: TernaryConfig) -> None:
-    """Let transformers save, dequantize and describe ``model``, whose layers are packed already, as one it quantized itself."""
+    """Let transformers save and dequantize ``model``, whose layers are packed already, as if it had quantized them."""
     model.hf_quantizer = TernaryHfQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
     model.quantization_method = config.quant_method

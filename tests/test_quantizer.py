@@ -347,7 +347,7 @@ def test_pickle_checkpoint_is_refused(folder):
 MEASURE = """
 import gc, resource, sys, time, torch
 from transformers import BertModel
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # waiting threads would count as processor time
 BertModel.from_pretrained(sys.argv[1])  # imports and first-time costs
 gc.collect()
 def peak():
