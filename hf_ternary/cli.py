@@ -201,7 +201,7 @@ def bench(
         read_config(_files(model, ["*.json"]))  # a float model has nothing to compare
         models = {"ternary": _load(model, device=device)}
         if baseline:
-            models["float32, dequantized"] = _load(model, TernaryConfig(dequantize=True), device)
+            models["float32, dequantized"] = _dequantized(_load(model, device=device))
         embed = {name: _embedder(loaded, batch_size) for name, loaded in models.items()}
         tokens = _count_tokens(models["ternary"], lines)
         for run in embed.values():
@@ -268,6 +268,13 @@ def _files(model: str, patterns: list[str]) -> Path:
             f"{model} is no folder, and no model by that name can be reached on the Hub ({type(error).__name__}). "
             "Fix: check the name, the connection, and for a private model `hf auth login`"
         ) from error
+
+
+def _dequantized(model: "nn.Module") -> "nn.Module":
+    for module in list(model.modules()):
+        if getattr(module, "hf_quantizer", None) is not None:
+            module.dequantize()  # type: ignore[operator]
+    return model
 
 
 def _load(model: str, config: TernaryConfig | None = None, device: str | None = None) -> "nn.Module":

@@ -1,0 +1,64 @@
+// The contract between the kernels (one file an instruction set) and their callers.
+//
+// A kernel multiplies int8 activations by ternary weights on one thread: it knows neither threads nor Python. Whole layers
+// go through linear.h; an encoder that fuses several layers calls `quantize` and `multiply` itself, on its own threads.
+#pragma once
+
+#include <cstdint>
+
+namespace hf_ternary {
+
+// Columns of one packed vector: each byte holds 4 codes, each 32-bit lane 4 bytes.
+constexpr std::int64_t kBlock = 16;
+
+// What a kernel reads of a weight; packed_weight.h owns the memory and shows the layout.
+struct WeightView {
+  std::int64_t outputs, inputs;      // N, K
+  std::int64_t groups, group_size;   // groups * group_size = K; a group shares one scale
+  std::int64_t group_blocks;         // blocks of a group: ceil(group_size / kBlock)
+  const std::uint8_t* codes;         // [strips][groups][group_blocks][panels][lanes * 4]
+  const float* scale;                // [strips][groups][panels * lanes]
+
+  std::int64_t padded_inputs() const { return groups * group_blocks * kBlock; }
+};
+
+// Rows of activations in int8, each group padded with zeros to whole blocks.
+struct QuantizedRows {
+  std::int8_t* codes;        // [rows][padded_inputs]
+  std::int32_t* twice_sum;   // [rows][groups]: twice the sum of the codes; undoes the offset of the stored weights
+  float* scale;              // [rows]; NaN for a row with a NaN or an infinity
+};
+
+// Where the products go. Streaming writes past the caches: it saves reading each line first, and pays for outputs that no
+// cache would hold until they are used.
+struct Output {
+  float* y;            // [rows, N], dense
+  const float* bias;   // [N] or null
+  bool stream;
+};
+
+struct Kernel {
+  const char* name;
+  int lanes;    // outputs of a panel: 32-bit lanes of the vector
+  int panels;   // panels of a strip, which is what one tile multiplies by
+  int rows;     // rows of the largest tile
+
+  // x float32 [rows, K], dense -> out. One scale a row: see ternarize.quantize_activation, which gives the same bits.
+  void (*quantize)(const WeightView& weight, const float* x, std::int64_t rows, QuantizedRows out);
+
+  // out.y for the outputs of the strips [strip_begin, strip_end). `scratch`, on a cache line, has room for
+  // strip_width() * padded_inputs() bytes.
+  void (*multiply)(const WeightView& weight, const QuantizedRows& x, std::int64_t rows, std::int64_t strip_begin,
+                   std::int64_t strip_end, const Output& out, std::uint8_t* scratch);
+
+  std::int64_t strip_width() const { return std::int64_t{lanes} * panels; }
+};
+
+// Null where the compiler or the target architecture lacks the instruction set.
+const Kernel* scalar_kernel();
+const Kernel* avx2_kernel();
+const Kernel* avxvnni_kernel();
+const Kernel* avx512vnni_kernel();
+const Kernel* neon_kernel();
+
+}  // namespace hf_ternary

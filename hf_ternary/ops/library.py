@@ -1,0 +1,84 @@
+"""``hf_ternary::linear`` as torch knows it: schema, fake tensors, autograd, and an implementation for every device."""
+
+import warnings
+from typing import Any
+
+import torch
+
+from ..packing import unpack
+from ..ternarize import dequantize
+from . import backends, reference
+from .native import NativeLinear
+
+_choice = backends.choose()
+
+_library = torch.library.Library("hf_ternary", "DEF")
+_library.define("linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation) -> Tensor")
+_library.impl("linear", reference.linear, "CompositeExplicitAutograd")
+
+if _choice.backend != "reference":
+    _library.impl("linear", NativeLinear(_choice.backend), "CPU")
+elif not _choice.forced:
+    warnings.warn(
+        f"hf_ternary: {_choice.reason}, so the slower torch reference runs. Fix: install a C++ compiler, then "
+        f"{backends.REINSTALL}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@torch.library.register_fake("hf_ternary::linear", lib=_library)
+def _fake(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+) -> torch.Tensor:
+    reference.check(x, weight, weight_scale, bias, activation)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, weight_scale, _, _ = inputs
+    ctx.save_for_backward(weight, weight_scale)
+    ctx.in_features = x.shape[-1]
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """To x through the frozen weight, straight through the rounding of the activations (STE, arXiv 1308.3432)."""
+    weight, weight_scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = dequantize(unpack(weight, ctx.in_features), weight_scale)
+        grad_x = (grad.float() @ dense).to(grad.dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, grad_bias, None
+
+
+torch.library.register_autograd("hf_ternary::linear", _backward, setup_context=_setup_context, lib=_library)
+
+_linear = torch.ops.hf_ternary.linear.default
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = "int8",
+) -> torch.Tensor:
+    """A linear layer with packed ternary weights.
+
+    Args:
+        x: ``[..., in_features]``, any float dtype; computed in float32.
+        weight: uint8 ``[out_features, ceil(in_features / 4)]``, the codes as in :mod:`hf_ternary.packing`.
+        weight_scale: float32 ``[out_features, groups]``; ``groups`` divides ``in_features``.
+        bias: float ``[out_features]``, or None.
+        activation: ``"int8"`` quantizes every token of ``x``; ``None`` multiplies ``x`` as it is by the dequantized weight.
+
+    Returns:
+        ``[..., out_features]`` in the dtype of ``x``. A token's output depends on no other token; a token with a NaN or an
+        infinity gives NaN.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown ``activation``.
+    """
+    return _linear(x, weight, weight_scale, bias, activation)

@@ -1,0 +1,77 @@
+"""The C++ kernels behind ``hf_ternary::linear`` on the CPU.
+
+A kernel reads its own memory layout, made from the canonical one when a weight is first used and kept beside it, outside the
+tensor: it is not saved, copied or pickled with a module, it is made anew when the weight or its scale is replaced or written
+to, and it goes when the weight goes. Writes that torch itself cannot see (through ``.data`` or numpy) are not noticed.
+"""
+
+import math
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+
+from . import backends, reference
+
+
+class _Entry(NamedTuple):
+    weight: Any  # weakref.ref
+    scale: Any  # weakref.ref
+    state: tuple[int, ...]
+    packed: Any  # _native.PackedWeight
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class NativeLinear:
+    """``hf_ternary::linear`` by the kernel ``backend`` (one of :func:`.backends.usable`)."""
+
+    def __init__(self, backend: str) -> None:
+        module = backends.native()
+        assert module is not None
+        self.backend, self._native = backend, module
+        self._entries: dict[int, _Entry] = {}
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        activation: str | None = "int8",
+    ) -> torch.Tensor:
+        if activation is None:
+            return reference.linear(x, weight, weight_scale, bias, activation)
+        *batch, in_features = x.shape if x.dim() else (0,)
+        packed, out_features = self._packed(weight, weight_scale, in_features), weight.shape[0]
+        reference.check_call(x, out_features, bias, activation)
+        dense = x.float().contiguous()
+        y = dense.new_empty(*batch, out_features)
+        if bias is not None:
+            bias = bias.float().contiguous()
+        self._native.linear(
+            packed,
+            dense.data_ptr(),
+            math.prod(batch),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def _packed(self, weight: torch.Tensor, scale: torch.Tensor, in_features: int) -> Any:
+        """The weight in the kernel's layout, from the cache if nothing has changed since."""
+        state = (weight.data_ptr(), _version(weight), scale.data_ptr(), _version(scale), in_features)
+        entry = self._entries.get(id(weight))
+        if entry is not None and entry.state == state and entry.weight() is weight and entry.scale() is scale:
+            return entry.packed
+        reference.check_weight(weight, scale, in_features)
+        codes, dense_scale = weight.contiguous(), scale.contiguous()
+        packed = self._native.PackedWeight(
+            self.backend, codes.data_ptr(), dense_scale.data_ptr(), weight.shape[0], in_features, scale.shape[1]
+        )
+        entries, key = self._entries, id(weight)
+        entries[key] = _Entry(weakref.ref(weight, lambda _: entries.pop(key, None)), weakref.ref(scale), state, packed)
+        return packed
