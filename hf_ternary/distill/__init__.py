@@ -1,0 +1,17 @@
+"""Distillation: a ternary student learns from its full-precision teacher, on unlabelled text.
+
+- `arguments`: every option, over transformers' `TrainingArguments`
+- `data`: texts, passages, tokens, batches
+- `student`: the teacher's fake-quantized copy, and the packed model it becomes
+- `losses`: what student and teacher are compared by
+- `calibrate`: a start that compensates rounding errors
+- `trainer`: transformers' `Trainer`, taught what to compare and log
+- `health`: zeros, flips, drift, and the plot
+- `run`: all of it in one call
+"""
+
+from .arguments import DistillArguments
+from .data import Corpus, read_corpus
+from .run import distill
+
+__all__ = ["Corpus", "DistillArguments", "distill", "read_corpus"]

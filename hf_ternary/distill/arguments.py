@@ -1,0 +1,117 @@
+"""Every option of a distillation: those of transformers' trainer, and ours."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+
+from ..config import TernaryConfig
+
+INITS = ("rounded", "compensated")
+
+
+@dataclass
+class DistillArguments(TrainingArguments):
+    """Options of :func:`hf_ternary.distill.distill`; a yaml file or flags set them. Only those of our own are listed here.
+
+    A loss with weight 0 is not computed. Every loss is of order 1 at the start (hidden states are divided by the teacher's
+    mean square), so that weights mean the same for every model.
+    """
+
+    teacher: str = field(default="", metadata={"help": "full-precision encoder: a Hub id or folder"})
+    base_model: str | None = field(
+        default=None, metadata={"help": "the teacher's Hub id for the model card [default: teacher, if it is no folder]"}
+    )
+    texts: list[str] = field(
+        default_factory=list, metadata={"help": "files, folders or datasets ids, each optionally with =WEIGHT"}
+    )
+    eval_texts: int = field(default=512, metadata={"help": "texts held out to measure fidelity during training"})
+    max_length: int | None = field(default=None, metadata={"help": "longest text in tokens [default: the teacher's]"})
+    passage_share: float = field(default=0.5, metadata={"help": "share of texts joined with their neighbours"})
+    passage_words: list[int] = field(
+        default_factory=lambda: [40, 180], metadata={"help": "shortest and longest passage", "nargs": 2}
+    )
+    batch_tokens: int = field(default=2048, metadata={"help": "tokens a batch, with padding, over all processes"})
+
+    group_size: str | None = field(default=None, metadata={"help": "see TernaryConfig: a number, 'tensor', or one a row"})
+    weight_scheme: str = field(default="optimal", metadata={"help": "see TernaryConfig"})
+    activation: str | None = field(default="int8", metadata={"help": "see TernaryConfig"})
+    embedding_bits: int | None = field(default=4, metadata={"help": "see TernaryConfig"})
+    embedding_group_size: int | None = field(default=None, metadata={"help": "see TernaryConfig"})
+    modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "see TernaryConfig"})
+
+    init: str = field(default="rounded", metadata={"help": "start: 'rounded', or 'compensated' for rounding errors (GPTQ)"})
+    calibration_texts: int = field(default=256, metadata={"help": "texts that a compensated start is fitted to"})
+    gradual: float = field(default=0.0, metadata={"help": "share of the steps over which weights become ternary"})
+    learned_scale: bool = field(default=True, metadata={"help": "train the scales, else they follow the weights"})
+    scale_learning_rate: float | None = field(default=None, metadata={"help": "of learned scales [default: learning_rate]"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "the student's attention in training; 'eager' is the fastest on a CPU"}
+    )
+
+    hidden_weight: float = field(default=0.0, metadata={"help": "loss: last hidden state"})
+    layers_weight: float = field(default=1.0, metadata={"help": "loss: hidden states of `layers`"})
+    layers: list[int] | None = field(default=None, metadata={"help": "hidden states to match, 0 = embeddings [all]"})
+    embedding_weight: float = field(default=1.0, metadata={"help": "loss: cosine of sentence embeddings"})
+    gram_weight: float = field(default=0.0, metadata={"help": "loss: cosines between the texts of a batch"})
+    ranking_weight: float = field(default=0.0, metadata={"help": "loss: the teacher's order of the texts of a batch"})
+    relation_weight: float = field(default=0.0, metadata={"help": "loss: relations of `relation_modules`"})
+    relation_modules: list[str] = field(
+        default_factory=list, metadata={"help": "queries, keys, values: encoder.layer.5.attention.self.value"}
+    )
+
+    # Other defaults than the trainer's.
+    output_dir: str | None = field(default="runs/distill", metadata={"help": "checkpoints, logs; the model in model/"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "learning-rate schedule"})
+    warmup_steps: float = field(default=0.05, metadata={"help": "warm-up: steps, or a share of them below 1"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the texts; max_steps overrides it"})
+    logging_steps: float = field(default=20, metadata={"help": "steps between lines of the log"})
+    save_steps: float = field(default=200, metadata={"help": "steps between checkpoints"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
+    eval_strategy: IntervalStrategy | str = field(default="steps", metadata={"help": "when to measure fidelity"})
+    eval_steps: float | None = field(default=200, metadata={"help": "steps between measurements of fidelity"})
+    eval_on_start: bool = field(default=True, metadata={"help": "measure fidelity before the first step"})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "optimizer"})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "must be False"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN stops the run instead"})
+    ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "a pooler may go unused"})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "wandb, tensorboard, ..."})
+    seed: int = field(default=0, metadata={"help": "of every draw"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teacher:
+            raise ValueError("teacher is not set; give a Hub id or a folder")
+        if not self.texts:
+            raise ValueError("texts is empty; give files, folders or datasets ids")
+        if self.init not in INITS:
+            raise ValueError(f"init={self.init!r} is not allowed: use {' or '.join(map(repr, INITS))}")
+        for name in ("passage_share", "gradual"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: use a number from 0 to 1")
+        if len(self.passage_words) != 2 or not 0 < self.passage_words[0] <= self.passage_words[1]:
+            raise ValueError(f"passage_words={self.passage_words} is not allowed: give the shortest and the longest")
+        if not any(self.loss_weights().values()) or min(self.loss_weights().values()) < 0:
+            raise ValueError(f"loss weights {self.loss_weights()} are not allowed: one must be positive, none negative")
+        if bool(self.relation_weight) != bool(self.relation_modules):
+            raise ValueError("relation_weight and relation_modules need each other")
+        self.ternary_config()
+
+    def loss_weights(self) -> dict[str, float]:
+        names = ("hidden", "layers", "embedding", "gram", "ranking", "relation")
+        return {name: getattr(self, f"{name}_weight") for name in names}
+
+    def ternary_config(self) -> TernaryConfig:
+        """What the packed model will be.
+
+        Raises:
+            ValueError: a value that :class:`TernaryConfig` does not allow.
+        """
+        options: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("weight_scheme", "activation", "embedding_bits", "embedding_group_size", "modules_to_not_convert")
+        }
+        size: Any = self.group_size
+        return TernaryConfig(group_size=int(size) if isinstance(size, str) and size.isdigit() else size, **options)

@@ -1,0 +1,183 @@
+"""A start that compensates rounding errors: GPTQ (Frantar et al., arXiv 2210.17323) with ternary levels.
+
+Layer by layer, in the order in which data flows: the columns of a weight matrix are rounded one after the other, and the
+error of each is made up for by the columns not rounded yet, as the layer's own inputs weigh it. The inputs are those that
+the student sees, behind layers rounded before; the target is what the teacher computes from its own (as in GPTAQ, arXiv
+2504.02692), so that errors do not add up from layer to layer.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modules import FakeTernaryLinear
+from ..ternarize import quantize_activation, ternary_codes, ternary_scale
+from .student import Encoder, ternary_layers
+
+logger = logging.getLogger(__name__)
+
+# Added to the diagonal of the Hessian, as a share of its mean: GPTQ's default times five, as few texts are enough then.
+DAMPING = 0.05
+
+# Scales that are tried for every row, as multiples of the least-squares scale.
+MULTIPLES = (0.7, 0.8, 0.9, 1.0, 1.1)
+
+# Columns whose errors are spread over the rest of the matrix at once.
+BLOCK = 128
+
+
+@torch.no_grad()
+def compensate(student: Encoder, teacher: Encoder, batches: Iterable[dict[str, Any]]) -> None:
+    """Replace the master weights, scales and biases of every ternary layer of ``student``, in place.
+
+    Args:
+        student: with learned scales; its ternary layers hold the teacher's weights.
+        teacher: the same encoder in full precision.
+        batches: inputs of both, a few hundred texts.
+    """
+    batches = list(batches)
+    layers, originals = ternary_layers(student), dict(teacher.named_modules())
+    for names in _in_order(student, batches[0]):
+        statistics = _statistics(student, teacher, names[0], batches)
+        for name in names:
+            original = originals[name]
+            assert isinstance(original, nn.Linear)
+            _compensate_layer(layers[name], original, *statistics)
+        logger.info("compensated %s", ", ".join(names))
+
+
+def _in_order(student: Encoder, batch: dict[str, Any]) -> list[list[str]]:
+    """Names of the ternary layers that see every token (not a pooler's), first used first; those with one input together."""
+    groups: list[tuple[torch.Tensor, list[str]]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+            if groups and groups[-1][0] is args[0]:
+                groups[-1][1].append(name)
+            elif args[0].ndim == 3:
+                groups.append((args[0], [name]))
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in ternary_layers(student).items()]
+    student(**batch)
+    for hook in hooks:
+        hook.remove()
+    return [names for _, names in groups]
+
+
+def _statistics(
+    student: Encoder, teacher: Encoder, name: str, batches: list[dict[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean of ``x x'``, mean of ``x x_teacher'`` (both ``[in, in]``) and means of x and x_teacher over the real tokens."""
+    layer = student.get_submodule(name)
+    assert isinstance(layer, FakeTernaryLinear)
+    width = layer.in_features
+    sums = [torch.zeros(shape, device=layer.weight.device) for shape in ((width, width), (width, width), (width,), (width,))]
+    count = 0
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        x, target = (_input(encoder, name, batch)[mask] for encoder in (student, teacher))
+        if layer.activation == "int8":
+            codes, scale = quantize_activation(x)
+            x = codes * scale
+        for total, value in zip(sums, (x.t() @ x, x.t() @ target, x.sum(0), target.sum(0)), strict=True):
+            total += value
+        count += len(x)
+    return tuple(total / count for total in sums)  # type: ignore[return-value]
+
+
+class _Seen(Exception):  # noqa: N818 - no error, it ends a forward pass early
+    pass
+
+
+def _input(encoder: Encoder, name: str, batch: dict[str, Any]) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen.append(args[0].float())
+        raise _Seen
+
+    handle = encoder.get_submodule(name).register_forward_pre_hook(hook)
+    with suppress(_Seen):
+        encoder(**batch)
+    handle.remove()
+    return seen[0]
+
+
+def _compensate_layer(
+    layer: FakeTernaryLinear,
+    original: nn.Linear,
+    second: torch.Tensor,
+    cross: torch.Tensor,
+    mean: torch.Tensor,
+    target_mean: torch.Tensor,
+) -> None:
+    weight = original.weight.float()
+    # The bias takes care of the means, the weights of what varies around them.
+    second = second - mean.outer(mean)
+    cross = cross - mean.outer(target_mean)
+    damping = DAMPING * second.diagonal().mean()
+    hessian = second + damping * torch.eye(len(second), device=second.device)
+    wanted = torch.linalg.solve(hessian, cross @ weight.t() + damping * weight.t()).t()
+
+    first_scale = ternary_scale(wanted, layer.weight_scheme, layer.group_size)
+    best_error = torch.full((len(weight), 1), torch.inf, device=weight.device)
+    master, scale = wanted, first_scale
+    for multiple in MULTIPLES:
+        candidate, candidate_scale = round_with_compensation(wanted, first_scale * multiple, hessian)
+        error = wanted - _values(candidate, candidate_scale)
+        error = ((error @ hessian) * error).sum(1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        master, scale = torch.where(better, candidate, master), torch.where(better, candidate_scale, scale)
+    layer.weight.copy_(master)
+    assert layer.weight_scale is not None
+    layer.weight_scale.copy_(scale)
+    if layer.bias is not None:
+        layer.bias.copy_(original.bias + weight @ target_mean - _values(master, scale) @ mean)
+
+
+def round_with_compensation(
+    weight: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GPTQ's rounding, columns of large Hessian diagonal first.
+
+    Args:
+        weight: float ``[out, in]``.
+        scale: float ``[out, groups]``.
+        hessian: positive definite ``[in, in]``.
+
+    Returns:
+        Weights ``[out, in]`` as they were when their column was rounded, errors of earlier columns included, and the scale
+        (with one a row refitted to the codes): :func:`hf_ternary.ternarize.ternary_codes` of the two are the codes.
+    """
+    order = hessian.diagonal().argsort(descending=True)
+    rest = weight[:, order].clone()
+    levels = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)[:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order])), upper=True)
+    for start in range(0, weight.shape[1], BLOCK):
+        stop = min(start + BLOCK, weight.shape[1])
+        errors = []
+        for i in range(start, stop):
+            column, level = rest[:, i], levels[:, i : i + 1]
+            rounded = level[:, 0] * ternary_codes(column[:, None], level)[:, 0]
+            errors.append((column - rounded) / inverse[i, i])
+            rest[:, i + 1 : stop] -= errors[-1].outer(inverse[i, i + 1 : stop])
+        rest[:, stop:] -= torch.stack(errors, 1) @ inverse[start:stop, stop:]
+    master = rest[:, order.argsort()]
+    if scale.shape[1] > 1:
+        return master, scale
+    codes = ternary_codes(master, scale).float()
+    weighted = codes @ hessian
+    refitted = ((weighted * weight).sum(1, keepdim=True) / (weighted * codes).sum(1, keepdim=True)).nan_to_num(0).clamp_min(0)
+    refitted = torch.where(refitted > 0, refitted, scale)
+    return master * torch.where(scale > 0, refitted / scale, 1.0), refitted
+
+
+def _values(master: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return ternary_codes(master, scale) * scale.repeat_interleave(master.shape[1] // scale.shape[1], 1)

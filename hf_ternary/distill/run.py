@@ -1,0 +1,117 @@
+"""One distillation from start to end: teacher and texts in, packed model out."""
+
+import ctypes
+import ctypes.util
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import set_seed
+
+from ..evaluation.results import provenance, write_json
+from ..hub import save_pretrained
+from .arguments import DistillArguments
+from .calibrate import compensate
+from .data import Corpus, TokenizedTexts, read_corpus
+from .health import plot
+from .student import Encoder, load_teacher, make_student, pack_student
+from .trainer import DistillTrainer, last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTransformer:
+    """Distil a ternary model, resuming from the last whole checkpoint of ``args.output_dir`` if there is one.
+
+    Args:
+        args: every option.
+        corpus: texts that are in memory already, instead of ``args.texts``.
+
+    Returns:
+        The packed model. ``output_dir`` holds it in ``model/``, and beside it the log, a plot and ``summary.json``.
+
+    Raises:
+        ValueError: options, texts, teacher or tokenizer that do not fit; the message names the fix.
+        FloatingPointError: the loss became NaN or infinite; the message names the step and the texts.
+        OSError: a checkpoint or the model could not be written; the last whole checkpoint is intact.
+    """
+    keep_freed_memory()
+    set_seed(args.seed)
+    started = time.perf_counter()
+    output = Path(args.output_dir or "runs/distill")
+    checkpoint = args.resume_from_checkpoint or last_checkpoint(output)
+    teacher = load_teacher(args.teacher, args.max_length)
+    corpus = corpus or read_corpus(
+        args.texts, args.eval_texts, args.passage_share, (args.passage_words[0], args.passage_words[1]), args.seed
+    )
+    max_length = args.max_length or teacher.max_seq_length or 512
+    rows = teacher[0].model.get_input_embeddings().num_embeddings
+    train, held_out = (TokenizedTexts(t, teacher.tokenizer, max_length, rows) for t in (corpus.train, corpus.held_out))
+
+    config = args.ternary_config()
+    student = make_student(teacher, config, args.learned_scale, args.attn_implementation)
+    trainer = DistillTrainer(
+        Encoder(student, args.relation_modules),
+        Encoder(teacher, args.relation_modules),
+        args,
+        train,
+        held_out,
+        teacher.tokenizer.pad_token_id or 0,
+    )
+    if args.init == "compensated" and checkpoint is None:
+        compensate(trainer.model, trainer.teacher, trainer.calibration_batches(args.calibration_texts))
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    fidelity = trainer.evaluate() if len(held_out) else {}
+    if trainer.is_world_process_zero():
+        try:
+            plot(trainer.state.log_history, output / "health.png")
+        except ImportError:
+            logger.warning('no plot of the run: it needs matplotlib (pip install "hf_ternary[train]")')
+    packed = pack_student(student, config)
+    if trainer.is_world_process_zero():
+        base_model = args.base_model or (None if Path(args.teacher).is_dir() else args.teacher)
+        save_pretrained(packed.cpu(), output / "model", base_model=base_model)
+        write_json(output / "summary.json", _summary(args, corpus, train, trainer, fidelity, time.perf_counter() - started))
+    return packed
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give large freed blocks back to the system: the next step's page faults cost a third of its time."""
+    libc = ctypes.util.find_library("c")
+    if libc is None or not hasattr(ctypes.CDLL(libc), "mallopt"):
+        return
+    m_trim_threshold, m_mmap_max = -1, -4
+    ctypes.CDLL(libc).mallopt(m_mmap_max, 0)
+    ctypes.CDLL(libc).mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _summary(
+    args: DistillArguments,
+    corpus: Corpus,
+    train: TokenizedTexts,
+    trainer: DistillTrainer,
+    fidelity: dict[str, float],
+    seconds: float,
+) -> dict[str, Any]:
+    """What the model was made from and how: enough to make it again."""
+    tokens = sum(int(train.lengths[batch].sum()) for batch in trainer.batches.batches[: trainer.state.global_step])
+    return {
+        "options": {name: value for name, value in args.to_sanitized_dict().items() if _is_plain(value)},
+        "sources": corpus.sources,
+        "texts": {"train": len(corpus.train), "held_out": len(corpus.held_out)},
+        "steps": trainer.state.global_step,
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+        "fidelity": fidelity,
+        "curve": [entry for entry in trainer.state.log_history if "eval_cosine" in entry],
+        **provenance(args.seed),
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))

@@ -1,0 +1,259 @@
+"""DistillTrainer: transformers' Trainer, taught what to compare, what to log and how to stop."""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from . import losses
+from .arguments import DistillArguments
+from .data import Collator, TokenBatches, TokenizedTexts
+from .health import Health, write_log
+from .student import Encoder, set_strength
+
+logger = logging.getLogger(__name__)
+
+# A held-out text of more tokens counts as long.
+LONG = 64
+
+
+class DistillTrainer(Trainer):
+    """Trains a student :class:`Encoder` to agree with its teacher.
+
+    Args:
+        student: fake-quantized; trained in place.
+        teacher: the same encoder in full precision.
+        args: options; ``args.max_steps`` is set to the length of the plan.
+        train, held_out: tokenized texts.
+        pad_id: token id that pads a batch.
+    """
+
+    args: DistillArguments
+
+    def __init__(
+        self,
+        student: Encoder,
+        teacher: Encoder,
+        args: DistillArguments,
+        train: TokenizedTexts,
+        held_out: TokenizedTexts,
+        pad_id: int,
+    ) -> None:
+        accumulation = args.gradient_accumulation_steps
+        self.batches = TokenBatches(
+            train.lengths,
+            args.batch_tokens,
+            args.num_train_epochs,
+            args.max_steps * accumulation,
+            args.seed,
+            args.process_index,
+            args.world_size,
+        )
+        args.max_steps = len(self.batches) // accumulation
+        super().__init__(
+            model=student,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=Collator(pad_id),
+        )
+        self.model_accepts_loss_kwargs = False
+        self.teacher = teacher.to(args.device)
+        self.weights = {name: weight for name, weight in args.loss_weights().items() if weight}
+        self.health = Health(student)
+        self.add_callback(_Gradual(student, args.gradual))
+        self.add_callback(self.health)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens, self._since = 0, time.perf_counter()
+        self._teacher_held_out: torch.Tensor | None = None
+        self.power = self._hidden_power()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Matrices decay, learned scales have their own learning rate, biases and norms neither."""
+        if self.optimizer is None:
+            args = self.args
+            scales, matrices, others = [], [], []
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    group = scales if name.endswith("weight_scale") else matrices if parameter.ndim > 1 else others
+                    group.append(parameter)
+            groups = [
+                {"params": matrices, "weight_decay": args.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+                {"params": scales, "weight_decay": 0.0, "lr": args.scale_learning_rate or args.learning_rate},
+            ]
+            cls, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+            self.optimizer = cls([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        index = inputs.pop("index")
+        with torch.no_grad():
+            wanted = self.teacher(**inputs)
+        got = model(**inputs)
+        parts = self._parts(got, wanted, inputs["attention_mask"].bool())
+        loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+        if not loss.isfinite():
+            self._stop_at_nan(parts, index)
+        for name, part in parts.items():
+            self._sums[name] = self._sums.get(name, 0) + part.detach()
+        self._tokens += int(inputs["attention_mask"].sum()) * self.args.world_size
+        return (loss, got) if return_outputs else loss
+
+    def _parts(self, got: dict[str, Any], wanted: dict[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The losses in use; their gradients, averaged over the processes, are those of the whole batch."""
+        args, parts = self.args, {}
+        share = self._share_of_tokens(mask)
+        student, teacher = got["hidden"], wanted["hidden"]
+        if "hidden" in self.weights:
+            parts["hidden"] = share * losses.hidden_error(student[-1], teacher[-1], mask) / self.power[-1]
+        if "layers" in self.weights:
+            layers = range(len(teacher)) if args.layers is None else args.layers
+            errors = [losses.hidden_error(student[i], teacher[i], mask) / self.power[i] for i in layers]
+            parts["layers"] = share * torch.stack(errors).mean()
+        if "embedding" in self.weights:
+            parts["embedding"] = losses.embedding_distance(got["embedding"], wanted["embedding"])
+        if "gram" in self.weights:
+            parts["gram"] = args.world_size * losses.gram_error(self._all(got["embedding"]), self._all(wanted["embedding"]))
+        if "ranking" in self.weights:
+            parts["ranking"] = args.world_size * losses.ranking_divergence(
+                self._all(got["embedding"]), self._all(wanted["embedding"])
+            )
+        if "relation" in self.weights:
+            heads = self.model.transformer.config.num_attention_heads
+            pairs = zip(got["relations"], wanted["relations"], strict=True)
+            parts["relation"] = share * torch.stack(
+                [losses.relation_divergence(s, t, mask, heads) for s, t in pairs]
+            ).mean()
+        return parts
+
+    def _share_of_tokens(self, mask: torch.Tensor) -> torch.Tensor | float:
+        """This process's tokens over the mean of all processes'."""
+        if self.args.world_size == 1:
+            return 1.0
+        counts = self.accelerator.gather(mask.sum())
+        return mask.sum() / counts.float().mean()
+
+    def _all(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The embeddings of the whole batch; only those of this process carry a gradient."""
+        if self.args.world_size == 1:
+            return embeddings
+        gathered = list(self.accelerator.gather(embeddings.detach()).chunk(self.args.world_size))
+        gathered[self.args.process_index] = embeddings
+        return torch.cat(gathered)
+
+    def _stop_at_nan(self, parts: dict[str, torch.Tensor], index: torch.Tensor) -> None:
+        values = ", ".join(f"{name} {part.item():.4g}" for name, part in parts.items())
+        raise FloatingPointError(
+            f"the loss is not finite at step {self.state.global_step + 1} ({values}); texts of the batch: {index.tolist()}, "
+            f"the first is {self.train_dataset.texts[int(index[0])][:80]!r}. Fix: a smaller learning_rate, or resume from the "
+            "last checkpoint with another seed"
+        )
+
+    @torch.no_grad()
+    def _hidden_power(self) -> list[float]:
+        """Mean square of the teacher's hidden states, layer by layer, over the first texts of the plan."""
+        batch = self._batch(self.train_dataset, self.batches.batches[0][:64])
+        mask = batch["attention_mask"].bool()
+        return [hidden[mask].float().square().mean().item() for hidden in self.teacher(**batch)["hidden"]]
+
+    def calibration_batches(self, texts: int) -> list[dict[str, Any]]:
+        """The first ``texts`` texts of the plan, in batches of 32 of about one length."""
+        chosen = np.concatenate(self.batches.batches)[:texts]
+        chosen = chosen[self.train_dataset.lengths[chosen].argsort()]
+        return [self._batch(self.train_dataset, chosen[i : i + 32]) for i in range(0, len(chosen), 32)]
+
+    def _batch(self, texts: TokenizedTexts, index: np.ndarray) -> dict[str, Any]:
+        """Inputs of an encoder, on its device."""
+        batch = self.data_collator([texts[i] for i in index])
+        return self._prepare_inputs({name: batch[name] for name in ("input_ids", "attention_mask")})
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean cosine to the teacher on the held-out texts, on all, on short (up to 64 tokens) and on long ones."""
+        started = time.perf_counter()
+        texts: TokenizedTexts = self.eval_dataset
+        if not len(texts):
+            return {}
+        if self._teacher_held_out is None:
+            self._teacher_held_out = self._embed(self.teacher, texts)
+        cosines = F.cosine_similarity(self._embed(self.model, texts), self._teacher_held_out)
+        metrics = {f"{metric_key_prefix}_cosine": cosines.mean().item()}
+        long = torch.from_numpy(texts.lengths > LONG)
+        for name, chosen in (("short", ~long), ("long", long)):
+            if chosen.any():
+                metrics[f"{metric_key_prefix}_cosine_{name}"] = cosines[chosen].mean().item()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since += time.perf_counter() - started  # no training time
+        return metrics
+
+    @torch.no_grad()
+    def _embed(self, encoder: Encoder, texts: TokenizedTexts) -> torch.Tensor:
+        """float32 ``[texts, D]`` on the CPU, computed in batches of about one length."""
+        order = texts.lengths.argsort()
+        rows = []
+        for start in range(0, len(order), 32):
+            with self.autocast_smart_context_manager():
+                rows.append(encoder(**self._batch(texts, order[start : start + 32]))["embedding"].float().cpu())
+        return torch.cat(rows)[torch.from_numpy(order.argsort())]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds loss parts, tokens a second and the health of the layers; writes ``log.jsonl`` beside the checkpoints."""
+        health: dict[str, float] = {}
+        if "loss" in logs and self._sums:
+            count = self.args.logging_steps * self.args.gradient_accumulation_steps
+            seconds = time.perf_counter() - self._since
+            logs |= {f"loss_{name}": (total / count).item() for name, total in self._sums.items()}
+            logs["tokens_per_second"] = round(self._tokens / seconds, 1)
+            health = self.health.metrics()
+            logs |= {kind: mean for kind, mean in health.items() if "/" not in kind}
+            self._sums, self._tokens, self._since = {}, 0, time.perf_counter()
+        super().log(logs, start_time)
+        self.state.log_history[-1] |= health  # layer by layer: for the file and the plot, not for the console
+        if self.is_world_process_zero():
+            write_log(self.state.log_history, Path(self.args.output_dir) / "log.jsonl")
+
+
+class _Gradual(TrainerCallback):
+    """Raises the strength of the ternary weights from 0 to 1 over the first ``share`` of the steps."""
+
+    def __init__(self, student: nn.Module, share: float) -> None:
+        self.student, self.share = student, share
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        steps = self.share * state.max_steps
+        set_strength(self.student, min(1.0, (state.global_step + 1) / steps) if steps else 1.0)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a run. Its state is written last: without one, a folder was cut short and is removed."""
+    found = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            found.append((json.loads((checkpoint / "trainer_state.json").read_text())["global_step"], checkpoint))
+        except (OSError, ValueError, KeyError):
+            logger.warning("%s is not whole; it is removed", checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return str(max(found)[1]) if found else None

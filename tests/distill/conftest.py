@@ -1,0 +1,48 @@
+"""A tiny teacher, a tiny corpus, and options that train on them in seconds."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import WORDS
+
+
+def make_texts(count: int = 400, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [f"{i} " + " ".join(rng.choice(WORDS, rng.integers(2, 20))) for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts()))
+    return path
+
+
+@pytest.fixture
+def options(tiny_sentence_transformer: Path, corpus_file: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Options of a run of 12 steps; ``options(learning_rate=1e-3)`` changes some."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {
+            "teacher": str(tiny_sentence_transformer),
+            "texts": [str(corpus_file)],
+            "output_dir": str(tmp_path / "run"),
+            "max_length": 32,
+            "passage_words": [10, 20],
+            "batch_tokens": 256,
+            "max_steps": 12,
+            "eval_texts": 20,
+            "eval_steps": 6,
+            "save_steps": 5,
+            "logging_steps": 3,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **changes,
+        }
+
+    return make

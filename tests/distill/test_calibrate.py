@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_ternary import TernaryConfig
+from hf_ternary.distill.calibrate import compensate, round_with_compensation
+from hf_ternary.distill.student import Encoder, load_teacher, make_student
+from hf_ternary.ternarize import dequantize, ternarize, ternary_codes, ternary_scale
+from tests.distill.conftest import make_texts
+
+
+def output_error(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Mean squared error of ``x @ weight.T`` for inputs with that second moment."""
+    error = weight - other
+    return ((error @ hessian) * error).sum().item() / len(weight)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_compensation_lowers_the_output_error_of_correlated_inputs(group_size: int | None):
+    x = torch.randn(500, 8) @ torch.randn(8, 40) + 0.3 * torch.randn(500, 40)
+    hessian = x.t() @ x / len(x)
+    weight = torch.randn(24, 40)
+    scale = ternary_scale(weight, group_size=group_size)
+    master, refitted = round_with_compensation(weight, scale, hessian)
+    compensated = dequantize(ternary_codes(master, refitted), refitted)
+    plain = dequantize(*ternarize(weight, group_size=group_size))
+    assert output_error(weight, compensated, hessian) < 0.7 * output_error(weight, plain, hessian)
+
+
+def test_uncorrelated_inputs_leave_nothing_to_compensate():
+    weight = torch.randn(16, 12)
+    scale = ternary_scale(weight)
+    master, refitted = round_with_compensation(weight, scale, torch.eye(12))
+    assert torch.equal(ternary_codes(master, refitted), ternary_codes(weight, scale))
+    torch.testing.assert_close(refitted, scale)  # the least-squares scale is its own refit
+
+
+def test_more_columns_than_a_block_and_a_row_of_zeros():
+    weight = torch.randn(4, 300)
+    weight[1] = 0
+    x = torch.randn(1000, 300)
+    master, scale = round_with_compensation(weight, ternary_scale(weight), x.t() @ x / 1000)
+    assert master.isfinite().all()
+    assert scale.isfinite().all()
+    assert not ternary_codes(master, scale)[1].any()
+
+
+@pytest.mark.parametrize("config", [TernaryConfig(), TernaryConfig(activation=None, group_size=8)], ids=["rows", "groups"])
+def test_compensated_student_starts_closer_to_its_teacher(tiny_sentence_transformer: Path, config: TernaryConfig):
+    teacher = load_teacher(str(tiny_sentence_transformer))
+    with torch.no_grad():  # random weights of a tiny model are too small to matter next to the embeddings
+        for name, parameter in teacher.named_parameters():
+            if name.endswith("dense.weight") or "self" in name:
+                parameter *= 10
+    encoders = Encoder(make_student(teacher, config)), Encoder(teacher)
+    texts = make_texts(160)
+    batches = [dict(teacher.tokenize(texts[i : i + 32])) for i in range(0, 160, 32)]
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+
+    def fidelity() -> float:
+        with torch.no_grad():
+            student, wanted = (e(**batches[-1])["hidden"][-1].flatten(0, 1) for e in encoders)
+        return F.cosine_similarity(student, wanted).mean().item()
+
+    before = fidelity()
+    compensate(*encoders, batches[:-1])
+    assert 1 - fidelity() < 0.8 * (1 - before)
