@@ -367,7 +367,8 @@ def _embedder(model: Any, batch_size: int) -> Callable[[list[str]], Any]:
 
 def _count_tokens(model: Any, texts: list[str]) -> int:
     pairs = {} if hasattr(model, "encode") else {"text_pair": texts}
-    ids = model.tokenizer(texts, **pairs, truncation=True, max_length=model.max_seq_length)["input_ids"]
+    limit = model.max_seq_length if hasattr(model, "max_seq_length") else model.max_length  # CrossEncoder before version 6
+    ids = model.tokenizer(texts, **pairs, truncation=True, max_length=limit)["input_ids"]
     return sum(map(len, ids))
 
 
