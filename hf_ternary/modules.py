@@ -171,10 +171,11 @@ class QuantizedEmbedding(_Packed):
     @classmethod
     def empty_like(cls, embedding: nn.Embedding, bits: int, groups: int) -> "QuantizedEmbedding":
         """An uninitialised table on the meta device with the shape of ``embedding``."""
-        table = embedding.weight
+        rows, columns = embedding.weight.shape
         multiplier = getattr(embedding, "scalar_embed_scale", 1.0)
-        source = embedding.padding_idx, multiplier, getattr(embedding, "float_class", type(embedding))
-        return cls(*table.shape, bits, groups, *source, device="meta", dtype=table.dtype)
+        float_class = getattr(embedding, "float_class", type(embedding))
+        dtype, padding_idx = embedding.weight.dtype, embedding.padding_idx
+        return cls(rows, columns, bits, groups, padding_idx, multiplier, float_class, device="meta", dtype=dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
@@ -247,7 +248,7 @@ class _TernaryProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         tokens, token_scale = quantize_activation(x.flatten(0, -2))
@@ -258,7 +259,7 @@ class _TernaryProduct(torch.autograd.Function):
         return y.to(dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, token_scale, codes, scale = ctx.saved_tensors
         dtype, shape = gradient.dtype, gradient.shape[:-1]
         gradient, codes = gradient.flatten(0, -2), codes.to(dtype)
@@ -344,7 +345,8 @@ class FakeQuantizedEmbedding(nn.Embedding):
     """A trainable embedding that returns the rows its packed twin will return, with straight-through gradients."""
 
     def __init__(self, embedding: nn.Embedding, bits: int, group_size: int | None = None) -> None:
-        super().__init__(*embedding.weight.shape, padding_idx=embedding.padding_idx, device="meta")
+        rows, columns = embedding.weight.shape
+        super().__init__(rows, columns, embedding.padding_idx, device="meta")
         self.weight = embedding.weight
         self.bits, self.group_size = bits, group_size
         self.scalar_embed_scale = getattr(embedding, "scalar_embed_scale", 1.0)

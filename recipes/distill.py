@@ -56,7 +56,8 @@ def main() -> None:
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; run the same command again to go on from the last checkpoint")
+        print("stopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class DistillArguments(TrainingArguments):
 
     # Other defaults than the trainer's.
     output_dir: str | None = field(default="runs/distill", metadata={"help": "checkpoints, logs; the model in model/"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "learning-rate schedule"})
     warmup_steps: float = field(default=0.05, metadata={"help": "warm-up: steps, or a share of them below 1"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the texts; max_steps overrides it"})
@@ -74,10 +74,10 @@ class DistillArguments(TrainingArguments):
     eval_steps: float | None = field(default=200, metadata={"help": "steps between measurements of fidelity"})
     eval_on_start: bool = field(default=True, metadata={"help": "measure fidelity before the first step"})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "optimizer"})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "must be False"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must be False"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN stops the run instead"})
     ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "a pooler may go unused"})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "wandb, tensorboard, ..."})
+    report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, ..."})
     seed: int = field(default=0, metadata={"help": "of every draw"})
 
     def __post_init__(self) -> None:
@@ -88,6 +88,8 @@ class DistillArguments(TrainingArguments):
             raise ValueError("texts is empty; give files, folders or datasets ids")
         if self.init not in INITS:
             raise ValueError(f"init={self.init!r} is not allowed: use {' or '.join(map(repr, INITS))}")
+        if self.init == "compensated" and not self.learned_scale:
+            raise ValueError("init='compensated' needs learned_scale: the weights' own scales would undo it")
         for name in ("passage_share", "gradual"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: use a number from 0 to 1")

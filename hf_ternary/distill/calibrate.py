@@ -6,19 +6,17 @@ the student sees, behind layers rounded before; the target is what the teacher c
 2504.02692), so that errors do not add up from layer to layer.
 """
 
-import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.logging import tqdm
 
 from ..modules import FakeTernaryLinear
-from ..ternarize import quantize_activation, ternary_codes, ternary_scale
+from ..ternarize import dequantize, quantize_activation, ternary_codes, ternary_scale
 from .student import Encoder, ternary_layers
-
-logger = logging.getLogger(__name__)
 
 # Added to the diagonal of the Hessian, as a share of its mean: GPTQ's default times five, as few texts are enough then.
 DAMPING = 0.05
@@ -41,13 +39,12 @@ def compensate(student: Encoder, teacher: Encoder, batches: Iterable[dict[str, A
     """
     batches = list(batches)
     layers, originals = ternary_layers(student), dict(teacher.named_modules())
-    for names in _in_order(student, batches[0]):
+    for names in tqdm(_in_order(student, batches[0]), desc="Compensating rounding errors"):
         statistics = _statistics(student, teacher, names[0], batches)
         for name in names:
             original = originals[name]
             assert isinstance(original, nn.Linear)
             _compensate_layer(layers[name], original, *statistics)
-        logger.info("compensated %s", ", ".join(names))
 
 
 def _in_order(student: Encoder, batch: dict[str, Any]) -> list[list[str]]:
@@ -125,21 +122,19 @@ def _compensate_layer(
     hessian = second + damping * torch.eye(len(second), device=second.device)
     wanted = torch.linalg.solve(hessian, cross @ weight.t() + damping * weight.t()).t()
 
-    first_scale = ternary_scale(wanted, layer.weight_scheme, layer.group_size)
-    best_error = torch.full((len(weight), 1), torch.inf, device=weight.device)
-    master, scale = wanted, first_scale
-    for multiple in MULTIPLES:
-        candidate, candidate_scale = round_with_compensation(wanted, first_scale * multiple, hessian)
-        error = wanted - _values(candidate, candidate_scale)
-        error = ((error @ hessian) * error).sum(1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        master, scale = torch.where(better, candidate, master), torch.where(better, candidate_scale, scale)
+    scale = ternary_scale(wanted, layer.weight_scheme, layer.group_size)
+    # Every row with every multiple at once, then the best of each row.
+    candidates = torch.cat([scale * multiple for multiple in MULTIPLES])
+    masters, scales = round_with_compensation(wanted.repeat(len(MULTIPLES), 1), candidates, hessian)
+    errors = wanted.repeat(len(MULTIPLES), 1) - dequantize(ternary_codes(masters, scales), scales)
+    best = ((errors @ hessian) * errors).sum(1).view(len(MULTIPLES), -1).argmin(0)
+    row = best * len(wanted) + torch.arange(len(wanted), device=best.device)
+    master, scale = masters[row], scales[row]
     layer.weight.copy_(master)
     assert layer.weight_scale is not None
     layer.weight_scale.copy_(scale)
     if layer.bias is not None:
-        layer.bias.copy_(original.bias + weight @ target_mean - _values(master, scale) @ mean)
+        layer.bias.copy_(original.bias + weight @ target_mean - dequantize(ternary_codes(master, scale), scale) @ mean)
 
 
 def round_with_compensation(
@@ -157,27 +152,23 @@ def round_with_compensation(
         (with one a row refitted to the codes): :func:`hf_ternary.ternarize.ternary_codes` of the two are the codes.
     """
     order = hessian.diagonal().argsort(descending=True)
-    rest = weight[:, order].clone()
-    levels = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)[:, order]
+    # Columns as rows, so that what is read together lies together.
+    rest = weight.t()[order].contiguous()
+    levels = scale.t().repeat_interleave(weight.shape[1] // scale.shape[1], 0)[order].contiguous()
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order])), upper=True)
-    for start in range(0, weight.shape[1], BLOCK):
-        stop = min(start + BLOCK, weight.shape[1])
-        errors = []
+    for start in range(0, len(rest), BLOCK):
+        stop = min(start + BLOCK, len(rest))
+        errors = torch.empty_like(rest[start:stop])
         for i in range(start, stop):
-            column, level = rest[:, i], levels[:, i : i + 1]
-            rounded = level[:, 0] * ternary_codes(column[:, None], level)[:, 0]
-            errors.append((column - rounded) / inverse[i, i])
-            rest[:, i + 1 : stop] -= errors[-1].outer(inverse[i, i + 1 : stop])
-        rest[:, stop:] -= torch.stack(errors, 1) @ inverse[start:stop, stop:]
-    master = rest[:, order.argsort()]
+            rounded = dequantize(ternary_codes(rest[i, :, None], levels[i, :, None]), levels[i, :, None])[:, 0]
+            errors[i - start] = (rest[i] - rounded) / inverse[i, i]
+            rest[i + 1 : stop].addr_(inverse[i, i + 1 : stop], errors[i - start], alpha=-1)
+        rest[stop:].addmm_(inverse[start:stop, stop:].t(), errors, alpha=-1)
+    master = rest[order.argsort()].t().contiguous()
     if scale.shape[1] > 1:
         return master, scale
     codes = ternary_codes(master, scale).float()
     weighted = codes @ hessian
-    refitted = ((weighted * weight).sum(1, keepdim=True) / (weighted * codes).sum(1, keepdim=True)).nan_to_num(0).clamp_min(0)
-    refitted = torch.where(refitted > 0, refitted, scale)
+    refitted = (weighted * weight).sum(1, keepdim=True) / (weighted * codes).sum(1, keepdim=True)
+    refitted = torch.where(refitted > 0, refitted, scale)  # not for a row of zeros (NaN)
     return master * torch.where(scale > 0, refitted / scale, 1.0), refitted
-
-
-def _values(master: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return ternary_codes(master, scale) * scale.repeat_interleave(master.shape[1] // scale.shape[1], 1)

@@ -42,7 +42,7 @@ def read_corpus(
 
     Args:
         sources: files, folders or Hub ids, each optionally with a weight: ``wiki.jsonl.gz=0.5`` takes a random half,
-            ``=2`` takes every text twice (in other company, where passages are made).
+            ``=2`` takes all of it twice.
         held_out: texts (or passages) kept from training; a few from every source.
         passage_share: share of the texts that are joined with the neighbours that follow them in their source.
         passage_words: shortest and longest passage, in words; the length of each is drawn between them.
@@ -56,13 +56,13 @@ def read_corpus(
         name, weight = _split_weight(source)
         rng = np.random.default_rng([seed, number])
         texts = read_texts(name)
-        kept = min(-(-held_out // len(sources)), len(texts) // 10)
-        corpus.held_out += join_passages(texts[:kept], passage_share, passage_words, rng)
+        passages = join_passages(texts, passage_share, passage_words, rng)
+        passages = [passages[i] for i in rng.permutation(len(passages))]
+        kept = min(-(-held_out // len(sources)), len(passages) // 10)
+        corpus.held_out += passages[:kept]
         whole, part = divmod(weight, 1)
-        for _ in range(int(whole)):
-            corpus.train += join_passages(texts[kept:], passage_share, passage_words, rng)
-        some = texts[kept : kept + round((len(texts) - kept) * part)]
-        corpus.train += join_passages(some, passage_share, passage_words, rng)
+        corpus.train += passages[kept:] * int(whole)
+        corpus.train += passages[kept : kept + round((len(passages) - kept) * part)]
         corpus.sources.append({"source": Path(name).name, "texts": len(texts), "weight": weight, **_fingerprint(name)})
     if not corpus.train:
         raise ValueError(f"no text is left to train on: {list(sources)} hold too few, or their weights are 0")
@@ -100,9 +100,7 @@ def read_texts(source: str) -> list[str]:
         raise ValueError(f"{source} is damaged or no UTF-8 text: {error}") from error
 
 
-def join_passages(
-    texts: Sequence[str], share: float, words: tuple[int, int], rng: np.random.Generator
-) -> list[str]:
+def join_passages(texts: Sequence[str], share: float, words: tuple[int, int], rng: np.random.Generator) -> list[str]:
     """Leave a text as it is with probability ``1 - share``, else join it with those that follow up to a drawn length."""
     passages = []
     position = 0

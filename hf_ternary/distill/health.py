@@ -25,9 +25,7 @@ class Health(TrainerCallback):
         self._before: dict[str, torch.Tensor] = {}
         self._flips: dict[str, float] = {}
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if (state.global_step + 1) % state.logging_steps == 0:
             self._before = {name: layer.codes() for name, layer in self.layers.items()}
 

@@ -1,7 +1,7 @@
 """What the student is asked to agree on with its teacher. Small pure functions; each returns a scalar mean in float32.
 
-Shapes: B texts of at most L tokens, width D. ``mask`` is bool ``[B, L]``, true for real tokens. The teacher's tensors need no
-gradient. ``student`` comes first, ``teacher`` second; exchanging them changes the two divergences.
+Shapes: B texts of at most L tokens, width D. ``mask`` is bool ``[B, L]``, true for real tokens. ``student`` comes first,
+``teacher``, which needs no gradient, second; exchanging them changes the two divergences.
 """
 
 import torch
@@ -40,7 +40,7 @@ def ranking_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature
 
 
 def relation_divergence(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:
-    """Mean KL divergence of self-relations: softmax over tokens of ``x x' / sqrt(d)`` in each head (MiniLMv2, arXiv 2012.15828).
+    """Mean KL divergence of the relations ``softmax(x x' / sqrt(d))`` of tokens in each head (MiniLMv2, arXiv 2012.15828).
 
     Args:
         student, teacher: queries, keys or values of a layer, ``[B, L, D]``; ``heads`` divides D.
@@ -61,4 +61,5 @@ def _cosines(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    return F.kl_div(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)

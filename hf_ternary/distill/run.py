@@ -3,14 +3,14 @@
 import ctypes
 import ctypes.util
 import logging
-import math
 import time
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from sentence_transformers import SentenceTransformer
-from transformers import set_seed
+from torch import nn
+from transformers import TrainingArguments, set_seed
 
 from ..evaluation.results import provenance, write_json
 from ..hub import save_pretrained
@@ -18,10 +18,29 @@ from .arguments import DistillArguments
 from .calibrate import compensate
 from .data import Corpus, TokenizedTexts, read_corpus
 from .health import plot
-from .student import Encoder, load_teacher, make_student, pack_student
+from .student import Encoder, load_teacher, make_student, pack_student, transformer_of
 from .trainer import DistillTrainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
+
+# Options that the summary records; teacher and texts are told by name and hash, as paths mean nothing elsewhere.
+OWN_OPTIONS = {field.name for field in fields(DistillArguments)} - {field.name for field in fields(TrainingArguments)}
+OWN_OPTIONS -= {"teacher", "base_model", "texts"}
+TRAINER_OPTIONS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "optim",
+    "max_steps",
+    "num_train_epochs",
+    "gradient_accumulation_steps",
+    "bf16",
+    "seed",
+)
 
 
 def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTransformer:
@@ -49,7 +68,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         args.texts, args.eval_texts, args.passage_share, (args.passage_words[0], args.passage_words[1]), args.seed
     )
     max_length = args.max_length or teacher.max_seq_length or 512
-    rows = teacher[0].model.get_input_embeddings().num_embeddings
+    rows = cast(nn.Embedding, transformer_of(teacher).get_input_embeddings()).num_embeddings
     train, held_out = (TokenizedTexts(t, teacher.tokenizer, max_length, rows) for t in (corpus.train, corpus.held_out))
 
     config = args.ternary_config()
@@ -63,7 +82,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         teacher.tokenizer.pad_token_id or 0,
     )
     if args.init == "compensated" and checkpoint is None:
-        compensate(trainer.model, trainer.teacher, trainer.calibration_batches(args.calibration_texts))
+        compensate(trainer.student, trainer.teacher, trainer.calibration_batches(args.calibration_texts))
     trainer.train(resume_from_checkpoint=checkpoint)
 
     fidelity = trainer.evaluate() if len(held_out) else {}
@@ -100,18 +119,16 @@ def _summary(
 ) -> dict[str, Any]:
     """What the model was made from and how: enough to make it again."""
     tokens = sum(int(train.lengths[batch].sum()) for batch in trainer.batches.batches[: trainer.state.global_step])
+    options = {name: value for name, value in args.to_dict().items() if name in OWN_OPTIONS or name in TRAINER_OPTIONS}
     return {
-        "options": {name: value for name, value in args.to_sanitized_dict().items() if _is_plain(value)},
+        "teacher": args.base_model or Path(args.teacher).name,
+        "options": options,
         "sources": corpus.sources,
         "texts": {"train": len(corpus.train), "held_out": len(corpus.held_out)},
         "steps": trainer.state.global_step,
         "tokens": tokens,
-        "seconds": round(seconds, 1),
+        "seconds_of_last_session": round(seconds, 1),
         "fidelity": fidelity,
         "curve": [entry for entry in trainer.state.log_history if "eval_cosine" in entry],
         **provenance(args.seed),
     }
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))

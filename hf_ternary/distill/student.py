@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
+from transformers import PreTrainedModel
 
 from .. import convert, quantizer
 from ..config import QUANT_METHOD, TernaryConfig
@@ -17,18 +18,25 @@ def load_teacher(name: str, max_length: int | None = None) -> SentenceTransforme
     """A float32 teacher from any sentence-transformers or transformers encoder (the latter gets mean pooling).
 
     Raises:
-        ValueError: it is ternary already, or ``max_length`` exceeds its own.
+        ValueError: it is ternary already, has no transformer, or ``max_length`` exceeds its own.
     """
     teacher = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": torch.float32})
-    quantization = getattr(teacher[0].model.config, "quantization_config", None)
+    if not isinstance(getattr(teacher[0], "auto_model", None), PreTrainedModel):
+        raise ValueError(f"teacher {name} has no transformer (its first module is {type(teacher[0]).__name__})")
+    quantization = getattr(transformer_of(teacher).config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         kind = "ternary already" if method == QUANT_METHOD else f"quantized ({method})"
         raise ValueError(f"teacher {name} is {kind}; distil from the full-precision model that it was made from")
     own = teacher.max_seq_length
     if max_length is not None and own is not None and max_length > own:
-        raise ValueError(f"max_length={max_length} exceeds the {own} tokens that teacher {name} was made for; use at most {own}")
+        raise ValueError(f"max_length={max_length} exceeds the {own} tokens that teacher {name} is made for; use less")
     return teacher.eval().requires_grad_(False)
+
+
+def transformer_of(model: SentenceTransformer) -> PreTrainedModel:
+    """The transformers model inside."""
+    return cast(PreTrainedModel, model[0].auto_model)
 
 
 class Encoder(nn.Module):
@@ -52,8 +60,8 @@ class Encoder(nn.Module):
         self.eval()
 
     @property
-    def transformer(self) -> nn.Module:
-        return self.model[0].model
+    def transformer(self) -> PreTrainedModel:
+        return transformer_of(self.model)
 
     def train(self, mode: bool = True) -> "Encoder":
         return super().train(False)
@@ -72,7 +80,7 @@ def make_student(
 ) -> SentenceTransformer:
     """A trainable, fake-quantized copy of ``teacher``; arguments as in :func:`hf_ternary.convert.fake_ternarize_model`."""
     student = copy.deepcopy(teacher).requires_grad_(True)
-    transformer = student[0].model
+    transformer = transformer_of(student)
     ties = dict(transformer.all_tied_weights_keys)
     convert.fake_ternarize_model(transformer, config, ties, transformer._keep_in_fp32_modules or (), learned_scale)
     if attn_implementation is not None:
@@ -82,7 +90,7 @@ def make_student(
 
 def pack_student(student: SentenceTransformer, config: TernaryConfig) -> SentenceTransformer:
     """Turn a trained student into the packed model that ``SentenceTransformer(path)`` will load, in place."""
-    transformer = student[0].model
+    transformer = transformer_of(student)
     for module in transformer.modules():
         module._forward_hooks.clear()
     convert.pack_model(transformer)

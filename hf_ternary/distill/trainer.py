@@ -4,11 +4,13 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -64,24 +66,28 @@ class DistillTrainer(Trainer):
             args=args,
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=Collator(pad_id),
         )
         self.model_accepts_loss_kwargs = False
-        self.teacher = teacher.to(args.device)
+        self.student, self.teacher = student, teacher.to(args.device)
+        self.train_texts, self.held_out, self.collate = train, held_out, Collator(pad_id)
+        self.output = Path(args.output_dir or ".")
         self.weights = {name: weight for name, weight in args.loss_weights().items() if weight}
         self.health = Health(student)
         self.add_callback(_Gradual(student, args.gradual))
         self.add_callback(self.health)
         self._sums: dict[str, torch.Tensor] = {}
-        self._tokens, self._since = 0, time.perf_counter()
+        self._batches, self._tokens, self._since = 0, 0, time.perf_counter()
         self._teacher_held_out: torch.Tensor | None = None
         self.power = self._hidden_power()
+        self.layers = list(range(len(self.power))) if args.layers is None else args.layers
+        if not set(self.layers) <= set(range(len(self.power))):
+            raise ValueError(f"layers={args.layers} is not allowed: the hidden states are 0 to {len(self.power) - 1}")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(
-            self.train_dataset,
+            self.train_texts,
             batch_sampler=self.batches,
-            collate_fn=self.data_collator,
+            collate_fn=self.collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -90,8 +96,10 @@ class DistillTrainer(Trainer):
         """Matrices decay, learned scales have their own learning rate, biases and norms neither."""
         if self.optimizer is None:
             args = self.args
-            scales, matrices, others = [], [], []
-            for name, parameter in self.model.named_parameters():
+            scales: list[nn.Parameter] = []
+            matrices: list[nn.Parameter] = []
+            others: list[nn.Parameter] = []
+            for name, parameter in self.student.named_parameters():
                 if parameter.requires_grad:
                     group = scales if name.endswith("weight_scale") else matrices if parameter.ndim > 1 else others
                     group.append(parameter)
@@ -100,13 +108,15 @@ class DistillTrainer(Trainer):
                 {"params": others, "weight_decay": 0.0},
                 {"params": scales, "weight_decay": 0.0, "lr": args.scale_learning_rate or args.learning_rate},
             ]
-            cls, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+            cls, options = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = cls([group for group in groups if group["params"]], **options)
         return self.optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if not self._batches:
+            self._since = time.perf_counter()
         index = inputs.pop("index")
         with torch.no_grad():
             wanted = self.teacher(**inputs)
@@ -117,34 +127,30 @@ class DistillTrainer(Trainer):
             self._stop_at_nan(parts, index)
         for name, part in parts.items():
             self._sums[name] = self._sums.get(name, 0) + part.detach()
+        self._batches += 1
         self._tokens += int(inputs["attention_mask"].sum()) * self.args.world_size
         return (loss, got) if return_outputs else loss
 
     def _parts(self, got: dict[str, Any], wanted: dict[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """The losses in use; their gradients, averaged over the processes, are those of the whole batch."""
-        args, parts = self.args, {}
+        parts = {}
         share = self._share_of_tokens(mask)
         student, teacher = got["hidden"], wanted["hidden"]
         if "hidden" in self.weights:
             parts["hidden"] = share * losses.hidden_error(student[-1], teacher[-1], mask) / self.power[-1]
         if "layers" in self.weights:
-            layers = range(len(teacher)) if args.layers is None else args.layers
-            errors = [losses.hidden_error(student[i], teacher[i], mask) / self.power[i] for i in layers]
+            errors = [losses.hidden_error(student[i], teacher[i], mask) / self.power[i] for i in self.layers]
             parts["layers"] = share * torch.stack(errors).mean()
         if "embedding" in self.weights:
             parts["embedding"] = losses.embedding_distance(got["embedding"], wanted["embedding"])
         if "gram" in self.weights:
-            parts["gram"] = args.world_size * losses.gram_error(self._all(got["embedding"]), self._all(wanted["embedding"]))
+            parts["gram"] = self._of_all(losses.gram_error, got, wanted)
         if "ranking" in self.weights:
-            parts["ranking"] = args.world_size * losses.ranking_divergence(
-                self._all(got["embedding"]), self._all(wanted["embedding"])
-            )
+            parts["ranking"] = self._of_all(losses.ranking_divergence, got, wanted)
         if "relation" in self.weights:
-            heads = self.model.transformer.config.num_attention_heads
+            heads = self.student.transformer.config.num_attention_heads
             pairs = zip(got["relations"], wanted["relations"], strict=True)
-            parts["relation"] = share * torch.stack(
-                [losses.relation_divergence(s, t, mask, heads) for s, t in pairs]
-            ).mean()
+            parts["relation"] = share * torch.stack([losses.relation_divergence(s, t, mask, heads) for s, t in pairs]).mean()
         return parts
 
     def _share_of_tokens(self, mask: torch.Tensor) -> torch.Tensor | float:
@@ -154,49 +160,67 @@ class DistillTrainer(Trainer):
         counts = self.accelerator.gather(mask.sum())
         return mask.sum() / counts.float().mean()
 
-    def _all(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The embeddings of the whole batch; only those of this process carry a gradient."""
-        if self.args.world_size == 1:
-            return embeddings
-        gathered = list(self.accelerator.gather(embeddings.detach()).chunk(self.args.world_size))
-        gathered[self.args.process_index] = embeddings
-        return torch.cat(gathered)
+    def _of_all(self, loss: Callable[..., torch.Tensor], got: dict[str, Any], wanted: dict[str, Any]) -> torch.Tensor:
+        """``loss`` of the embeddings of the whole batch, of which those of this process carry a gradient."""
+        student, teacher, processes = got["embedding"], wanted["embedding"], self.args.world_size
+        if processes == 1:
+            return loss(student, teacher)
+        gathered = list(self.accelerator.gather(student.detach()).chunk(processes))
+        gathered[self.args.process_index] = student
+        value = loss(torch.cat(gathered), self.accelerator.gather(teacher))
+        return value + (processes - 1) * (value - value.detach())  # averaging divides the gradient, but not the value
 
     def _stop_at_nan(self, parts: dict[str, torch.Tensor], index: torch.Tensor) -> None:
         values = ", ".join(f"{name} {part.item():.4g}" for name, part in parts.items())
         raise FloatingPointError(
             f"the loss is not finite at step {self.state.global_step + 1} ({values}); texts of the batch: {index.tolist()}, "
-            f"the first is {self.train_dataset.texts[int(index[0])][:80]!r}. Fix: a smaller learning_rate, or resume from the "
-            "last checkpoint with another seed"
+            f"the first is {self.train_texts.texts[int(index[0])][:80]!r}. Fix: a smaller learning_rate"
         )
 
     @torch.no_grad()
     def _hidden_power(self) -> list[float]:
         """Mean square of the teacher's hidden states, layer by layer, over the first texts of the plan."""
-        batch = self._batch(self.train_dataset, self.batches.batches[0][:64])
+        batch = self._batch(self.train_texts, self.batches.batches[0][:64])
         mask = batch["attention_mask"].bool()
         return [hidden[mask].float().square().mean().item() for hidden in self.teacher(**batch)["hidden"]]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer's; what cannot be written whole is removed.
+
+        Raises:
+            OSError: the checkpoint could not be written, as on a full disk; earlier ones are untouched.
+        """
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what safetensors and torch.save raise on a full disk
+            shutil.rmtree(self.output / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {self.output} ({error}); the last "
+                f"whole one is {last_checkpoint(self.output)}. Fix: make room and run the same command again"
+            ) from error
 
     def calibration_batches(self, texts: int) -> list[dict[str, Any]]:
         """The first ``texts`` texts of the plan, in batches of 32 of about one length."""
         chosen = np.concatenate(self.batches.batches)[:texts]
-        chosen = chosen[self.train_dataset.lengths[chosen].argsort()]
-        return [self._batch(self.train_dataset, chosen[i : i + 32]) for i in range(0, len(chosen), 32)]
+        chosen = chosen[self.train_texts.lengths[chosen].argsort()]
+        return [self._batch(self.train_texts, chosen[i : i + 32]) for i in range(0, len(chosen), 32)]
 
     def _batch(self, texts: TokenizedTexts, index: np.ndarray) -> dict[str, Any]:
         """Inputs of an encoder, on its device."""
-        batch = self.data_collator([texts[i] for i in index])
+        batch = self.collate([texts[i] for i in index])
         return self._prepare_inputs({name: batch[name] for name in ("input_ids", "attention_mask")})
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Mean cosine to the teacher on the held-out texts, on all, on short (up to 64 tokens) and on long ones."""
         started = time.perf_counter()
-        texts: TokenizedTexts = self.eval_dataset
+        texts = self.held_out
         if not len(texts):
             return {}
         if self._teacher_held_out is None:
             self._teacher_held_out = self._embed(self.teacher, texts)
-        cosines = F.cosine_similarity(self._embed(self.model, texts), self._teacher_held_out)
+        cosines = F.cosine_similarity(self._embed(self.student, texts), self._teacher_held_out)
         metrics = {f"{metric_key_prefix}_cosine": cosines.mean().item()}
         long = torch.from_numpy(texts.lengths > LONG)
         for name, chosen in (("short", ~long), ("long", long)):
@@ -221,17 +245,16 @@ class DistillTrainer(Trainer):
         """Adds loss parts, tokens a second and the health of the layers; writes ``log.jsonl`` beside the checkpoints."""
         health: dict[str, float] = {}
         if "loss" in logs and self._sums:
-            count = self.args.logging_steps * self.args.gradient_accumulation_steps
             seconds = time.perf_counter() - self._since
-            logs |= {f"loss_{name}": (total / count).item() for name, total in self._sums.items()}
+            logs |= {f"loss_{name}": (total / self._batches).item() for name, total in self._sums.items()}
             logs["tokens_per_second"] = round(self._tokens / seconds, 1)
             health = self.health.metrics()
             logs |= {kind: mean for kind, mean in health.items() if "/" not in kind}
-            self._sums, self._tokens, self._since = {}, 0, time.perf_counter()
+            self._sums, self._batches, self._tokens = {}, 0, 0
         super().log(logs, start_time)
         self.state.log_history[-1] |= health  # layer by layer: for the file and the plot, not for the console
         if self.is_world_process_zero():
-            write_log(self.state.log_history, Path(self.args.output_dir) / "log.jsonl")
+            write_log(self.state.log_history, self.output / "log.jsonl")
 
 
 class _Gradual(TrainerCallback):
@@ -240,15 +263,13 @@ class _Gradual(TrainerCallback):
     def __init__(self, student: nn.Module, share: float) -> None:
         self.student, self.share = student, share
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steps = self.share * state.max_steps
         set_strength(self.student, min(1.0, (state.global_step + 1) / steps) if steps else 1.0)
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a run. Its state is written last: without one, a folder was cut short and is removed."""
+    """The newest whole checkpoint of a run. The state is written last: a folder without it was cut short and is removed."""
     found = []
     for checkpoint in folder.glob("checkpoint-*"):
         try:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
 
 from tests.conftest import WORDS
 
@@ -23,13 +25,26 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def teacher(tiny_sentence_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny random model with larger weights: as it is, its layers hardly change the embeddings."""
+    path = tmp_path_factory.mktemp("teacher") / "model"
+    model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "encoder" in name and parameter.ndim == 2:
+                parameter *= 15
+    model.save_pretrained(str(path))
+    return path
+
+
 @pytest.fixture
-def options(tiny_sentence_transformer: Path, corpus_file: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def options(teacher: Path, corpus_file: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Options of a run of 12 steps; ``options(learning_rate=1e-3)`` changes some."""
 
     def make(**changes: Any) -> dict[str, Any]:
         return {
-            "teacher": str(tiny_sentence_transformer),
+            "teacher": str(teacher),
             "texts": [str(corpus_file)],
             "output_dir": str(tmp_path / "run"),
             "max_length": 32,

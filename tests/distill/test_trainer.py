@@ -1,0 +1,167 @@
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from hf_ternary.distill import DistillArguments, distill
+from hf_ternary.distill.trainer import last_checkpoint
+
+Options = Callable[..., dict[str, Any]]
+
+
+def weights(options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(Path(options["output_dir"]) / "model" / "model.safetensors")
+
+
+def log(options: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = (Path(options["output_dir"]) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_makes_a_loadable_model_that_is_closer_to_the_teacher(options: Options):
+    run = options(
+        max_steps=40,
+        learning_rate=1e-3,
+        eval_steps=40,
+        hidden_weight=0.5,
+        gram_weight=0.5,
+        ranking_weight=0.1,
+        relation_weight=0.1,
+        relation_modules=["encoder.layer.1.attention.self.value"],
+        layers=[1, 2],
+        gradual=0.2,
+        init="compensated",
+        calibration_texts=40,
+    )
+    distill(DistillArguments(**run))
+    cosines = [entry["eval_cosine"] for entry in log(run) if "eval_cosine" in entry]
+    assert cosines[-1] > cosines[0]
+    losses = [entry for entry in log(run) if "loss" in entry]
+    assert {f"loss_{name}" for name in ("hidden", "layers", "embedding", "gram", "ranking", "relation")} <= losses[0].keys()
+    assert losses[-1]["tokens_per_second"] > 0
+    assert 0 < losses[-1]["zeros"] < 1
+    assert {"zeros/model.0.model.encoder.layer.0.output.dense", "flips", "drift"} <= losses[-1].keys()
+    model = SentenceTransformer(str(Path(run["output_dir"]) / "model"), device="cpu")
+    assert model.encode(["the cat"]).shape == (1, 32)
+    summary = json.loads((Path(run["output_dir"]) / "summary.json").read_text())
+    assert summary["steps"] == 40
+    assert summary["sources"][0]["texts"] == 400
+    assert summary["fidelity"]["eval_cosine"] == pytest.approx(cosines[-1])
+
+
+KILL = """
+import json, os, signal, sys
+from hf_ternary.distill import DistillArguments, distill
+from hf_ternary.distill.health import Health
+
+def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Health.on_step_end = on_step_end
+distill(DistillArguments(**json.loads(sys.argv[1])))
+"""
+
+
+def test_kill_and_resume_give_the_bits_of_an_undisturbed_run(options: Options, tmp_path: Path):
+    undisturbed, killed = options(save_steps=6), options(save_steps=6, output_dir=str(tmp_path / "killed"))
+    distill(DistillArguments(**undisturbed))
+    process = subprocess.run([sys.executable, "-c", KILL, json.dumps(killed)], capture_output=True, text=True, timeout=200)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    folder = Path(killed["output_dir"])
+    assert last_checkpoint(folder) == str(folder / "checkpoint-6")
+    (folder / "checkpoint-8").mkdir()  # as if killed while writing one
+    distill(DistillArguments(**killed))
+    assert not (folder / "checkpoint-8").exists()
+    wanted, got = weights(undisturbed), weights(killed)
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    losses = [[(entry["step"], entry["loss"]) for entry in log(run) if "loss" in entry] for run in (undisturbed, killed)]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_can_be_finished_again_and_an_early_end_is_a_step(options: Options):
+    run = options(max_steps=10)
+    distill(DistillArguments(**run))
+    before = weights(run)
+    distill(DistillArguments(**run))
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
+    distill(DistillArguments(**{**run, "max_steps": 5, "resume_from_checkpoint": f"{run['output_dir']}/checkpoint-5"}))
+    assert json.loads((Path(run["output_dir"]) / "summary.json").read_text())["steps"] == 5
+    assert not all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
+
+
+def test_two_processes_equal_one_with_the_same_whole_batch(options: Options, tmp_path: Path):
+    """To 1e-5 of a weight: sums are added in another order. Plain SGD, as Adam would blow up rounding in tiny gradients."""
+    changes = {
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "max_steps": 3,
+        "save_steps": 3,
+        "gram_weight": 1.0,
+        "ranking_weight": 0.1,
+        "hidden_weight": 1.0,
+    }
+    alone, together = options(**changes), options(**changes, output_dir=str(tmp_path / "two"), ddp_backend="gloo")
+    distill(DistillArguments(**alone))
+    config = tmp_path / "options.json"
+    config.write_text(json.dumps(together))  # json is yaml
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    recipe = Path(__file__).parents[2] / "recipes" / "distill.py"
+    process = subprocess.run([*command, str(recipe), "--config", str(config)], capture_output=True, text=True, timeout=250)
+    assert process.returncode == 0, process.stderr
+    states = [load_file(Path(run["output_dir"]) / "checkpoint-3" / "model.safetensors") for run in (alone, together)]
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_nan_stops_the_run_and_names_step_and_texts(options: Options):
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d+ \(.*texts of the batch: \[\d+"):
+        distill(DistillArguments(**options(learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0)))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
+    run = options(max_steps=5)
+    distill(DistillArguments(**run))
+    before = (Path(run["output_dir"]) / "checkpoint-5" / "trainer_state.json").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # larger files fail as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"step 10 could not be written.*last whole one is .*checkpoint-5"):
+            distill(DistillArguments(**{**run, "max_steps": 12}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in Path(run["output_dir"]).glob("checkpoint-*")] == ["checkpoint-5"]
+    assert (Path(run["output_dir"]) / "checkpoint-5" / "trainer_state.json").read_bytes() == before
+    distill(DistillArguments(**{**run, "max_steps": 12}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": ""}, "teacher is not set"),
+        ({"texts": []}, "texts is empty"),
+        ({"init": "random"}, "init='random' is not allowed: use 'rounded' or 'compensated'"),
+        ({"gradual": 1.5}, "gradual=1.5"),
+        ({"passage_words": [20, 10]}, "passage_words"),
+        ({"layers_weight": 0.0, "embedding_weight": 0.0}, "one must be positive"),
+        ({"gram_weight": -1.0}, "none negative"),
+        ({"relation_weight": 1.0}, "relation_modules need each other"),
+        ({"init": "compensated", "learned_scale": False}, "needs learned_scale"),
+        ({"group_size": "row"}, "group_size='row'"),
+        ({"embedding_bits": 3}, "embedding_bits=3"),
+        ({"layers": [7]}, "layers"),
+    ],
+)
+def test_options_that_are_not_allowed(options: Options, changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        distill(DistillArguments(**options(**changes)))

@@ -1,0 +1,135 @@
+"""The recipe as a command: options from yaml and flags, one-line errors, a clean stop."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_ternary.distill import DistillArguments
+from tests.distill.conftest import corpus_file, options, teacher  # noqa: F401 - fixtures
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+Options = Callable[..., dict[str, Any]]
+
+
+def load_recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("distill_recipe", RECIPES / "distill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(path: Path, values: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What the command prints when it stops with an error."""
+    monkeypatch.setattr(sys, "argv", ["distill.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        load_recipe().main()
+    capsys.readouterr()
+    return str(stop.value)
+
+
+def test_flags_override_the_yaml_file(options: Options, tmp_path: Path):  # noqa: F811
+    config = write(tmp_path / "a.yaml", options(learning_rate=2e-3))
+    flags = ["--max_steps", "7", "--texts", "a.txt", "b.txt=2", "--group_size", "64", "--save_strategy", "no"]
+    parsed = load_recipe().parse(["--config", config, *flags])
+    assert isinstance(parsed, DistillArguments)
+    assert (parsed.learning_rate, parsed.max_steps, parsed.texts) == (2e-3, 7, ["a.txt", "b.txt=2"])
+    assert parsed.ternary_config().group_size == 64
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path: Path):
+    parsed = load_recipe().parse(["--config", str(path), "--bf16", "false", "--use_cpu", "true"])
+    assert parsed.max_steps > 0 or parsed.num_train_epochs > 0
+
+
+def test_the_paper_config_is_the_paper():
+    """Chen et al., arXiv 2411.15438: one scale 2 * mean|W|, last hidden state, Adam 2e-5, two epochs, decay 0.2."""
+    paper = load_recipe().parse(["--config", str(RECIPES / "configs" / "minilm-paper.yaml"), "--texts", "a.txt"])
+    config = paper.ternary_config()
+    assert (config.group_size, config.weight_scheme) == ("tensor", "absmean")
+    assert {name for name, weight in paper.loss_weights().items() if weight} == {"hidden"}
+    assert (paper.learning_rate, paper.num_train_epochs, paper.weight_decay) == (2e-5, 2, 0.2)
+    assert not paper.learned_scale
+
+
+def test_the_smoke_config_runs(
+    teacher: Path,  # noqa: F811
+    corpus_file: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    flags = ["--teacher", str(teacher), "--texts", str(corpus_file), "--output_dir", str(tmp_path / "run")]
+    flags += ["--relation_weight", "0.1", "--relation_modules", "encoder.layer.1.attention.self.value"]
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--config", str(RECIPES / "configs" / "smoke.yaml"), *flags])
+    load_recipe().main()
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "log.jsonl", "summary.json"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "content", "message"),
+    [
+        ({}, "", "is empty"),
+        ({}, '{"text": "  "}\n{"text": "\\t"}\n', "holds no text"),
+        ({}, '{"text": "the cat"}\n', "too few to hold out 20"),
+        ({"eval_texts": 0}, '{"text": "the cat"}\n', "1 texts with 4 tokens are fewer than one batch of 256"),
+        ({"texts": ["nothing.jsonl"]}, "", "nothing.jsonl does not exist"),
+        ({"max_length": 500}, '{"text": "the cat"}\n', "max_length=500 exceeds the 128 tokens"),
+        ({"learning_rat": 1}, "", "'learning_rat' is no option; did you mean 'learning_rate'?"),
+        ({"group_size": 48}, '{"text": "the cat"}\n' + "".join(f'{{"text": "a cat {i}"}}\n' for i in range(300)), "48"),
+    ],
+)
+def test_bad_input_is_one_line(
+    options: Options,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    content: str,
+    message: str,
+):
+    (tmp_path / "texts.jsonl").write_text(content)
+    config = write(tmp_path / "a.yaml", {**options(texts=[str(tmp_path / "texts.jsonl")]), **changes})
+    error = run(monkeypatch, capsys, "--config", config)
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_ctrl_c_stops_cleanly_and_the_run_can_go_on(options: Options, tmp_path: Path):  # noqa: F811
+    run_options = options(max_steps=100_000, save_steps=20, eval_strategy="no", num_train_epochs=1)
+    config = write(tmp_path / "a.yaml", run_options)
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPES / "distill.py"), "--config", config],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    state = Path(run_options["output_dir"]) / "checkpoint-20" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.strip().splitlines()[-1].startswith("stopped; run the same command again")
+    assert "Traceback" not in errors
+    whole = [json.loads(path.read_text())["global_step"] for path in state.parent.parent.glob("*/trainer_state.json")]
+    assert whole
