@@ -27,6 +27,7 @@ $(VENV)/demo: $(SOURCES)
 
 $(VENV)/dev: $(SOURCES)
 	$(call install,$(VENV),--editable '.[dev]')
+	$(BIN)/python -c 'import hf_ternary._native' # a developer's install must not fall back to the reference
 	@touch $@ $(VENV)/demo
 
 install: $(VENV)/dev  ## Create .venv with everything a developer needs
@@ -48,8 +49,10 @@ format: $(VENV)/dev  ## Apply ruff's fixes and format
 
 test-oldest:  ## Run the plugin's tests on the oldest supported transformers, and on 5.17 with sentence-transformers 6.0.1
 	$(call install,.venv-5.0,--editable '.[hf]' transformers==5.0.0 sentence-transformers==5.2.3 pytest pytest-timeout)
+	.venv-5.0/bin/python -c 'import hf_ternary._native'
 	.venv-5.0/bin/pytest $(PLUGIN_TESTS)
 	$(call install,.venv-5.17,--editable '.[hf]' transformers==5.17.0 sentence-transformers==6.0.1 pytest pytest-timeout)
+	.venv-5.17/bin/python -c 'import hf_ternary._native'
 	.venv-5.17/bin/pytest $(PLUGIN_TESTS)
 
 neon-tools:  ## Install what the NEON kernel's tests need on x86 (Debian: a cross compiler and an emulator)
