@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .hub import push_to_hub, save_pretrained
     from .modules import QuantizedEmbedding, TernaryLinear
     from .ops.backends import capabilities
+    from .serving import load
 
 __all__ = [
     "QuantizedEmbedding",
@@ -23,6 +24,7 @@ __all__ = [
     "TernaryLinear",
     "__version__",
     "capabilities",
+    "load",
     "push_to_hub",
     "save_pretrained",
 ]
@@ -32,6 +34,7 @@ _HOME = {
     "TernaryLinear": ".modules",
     "QuantizedEmbedding": ".modules",
     "capabilities": ".ops.backends",
+    "load": ".serving",
     "push_to_hub": ".hub",
     "save_pretrained": ".hub",
 }

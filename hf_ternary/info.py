@@ -1,6 +1,5 @@
 """What a packed model folder holds, read from its files: no model is built and no model code runs."""
 
-import json
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import packing
 from .config import QUANT_METHOD, TernaryConfig
+from .files import read_json
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,6 @@ def library_class(folder: Path) -> str | None:
         return read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
     # How sentence-transformers before version 6 marked a cross-encoder.
     return "CrossEncoder" if "sentence_transformers" in read_json(folder / "config.json") else None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). Fix: download it again or save the model again") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _options(folder: Path) -> dict[str, Any] | None:

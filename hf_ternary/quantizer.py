@@ -19,7 +19,7 @@ from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from . import convert, packing
+from . import convert, encoder, packing
 from .config import QUANT_METHOD, TernaryConfig
 from .modules import QuantizedEmbedding, TernaryLinear
 
@@ -34,7 +34,7 @@ class TernaryHfQuantizer(HfQuantizer):
     """Loads, makes, saves and dequantizes ternary models inside ``from_pretrained``; see the module's docstring."""
 
     requires_calibration = False
-    quantization_config: TernaryConfig
+    quantization_config: TernaryConfig  # type: ignore[assignment]  # no mixin: see register()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
@@ -74,6 +74,7 @@ class TernaryHfQuantizer(HfQuantizer):
                 _check_loaded(name, module)
         if self.pre_quantized and self.quantization_config.dequantize:
             return self._dequantize(model)
+        encoder.bind(model)
         model.add_model_tags(["ternary", "1.58-bit"])  # for the card that transformers' own push_to_hub writes
         return model
 
@@ -194,9 +195,9 @@ def _where(files: Sequence[str] | None) -> str:
     return re.sub(r"[^/\\]+$", "", files[0]) if files else "the checkpoint"
 
 
-def mark_quantized(model: PreTrainedModel, config: TernaryConfig) -> None:
+def mark_quantized(model: Any, config: TernaryConfig) -> None:
     """Let transformers save and dequantize ``model``, whose layers are packed already, as if it had quantized them."""
-    model.hf_quantizer = TernaryHfQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = TernaryHfQuantizer(config, pre_quantized=True)  # type: ignore[arg-type]
     model.config.quantization_config = config
     model.quantization_method = config.quant_method
     model.is_quantized = model.config._is_quantized = True

@@ -6,6 +6,7 @@ Contenders take turns, so that a slow moment of the machine hits all alike; the 
 thread is timed by its CPU time, which other programs do not count in; several threads by the clock on the wall.
 """
 
+import ctypes
 import os
 import statistics
 import time
@@ -48,6 +49,7 @@ def kernels(
 ) -> None:
     """One linear layer, float32 in and out: ternary beside torch's int8 and float32."""
     torch.manual_seed(seed)
+    keep_memory()
     shapes, rows = (SHAPES[:1], rows or [1, 64]) if quick else (SHAPES, rows or ROWS)
     cells = [(t, *shape, m) for t in threads or sorted({1, os.cpu_count() or 1}) for shape in shapes for m in rows]
     measured = [_measure(*cell, repeats) for cell in track(cells, "measuring", transient=True)]
@@ -77,6 +79,14 @@ def _measure(threads: int, in_features: int, out_features: int, rows: int, repea
             if name != OURS
         },
     }
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep what is freed: else every large output is, or is not, fetched anew from the system, by chance."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(option, 2**31 - 1)
 
 
 def take_turns(
@@ -138,7 +148,7 @@ def _static_int8(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor) -> Ca
     codes = torch.randint(0, 256, x.shape, dtype=torch.uint8)
     scales, zeros = dense.abs().amax(1) / 127, torch.zeros(len(dense), dtype=torch.int64)
     packed = torch.ops.onednn.qlinear_prepack((dense / scales[:, None]).round().to(torch.int8), list(x.shape))
-    rest = scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
+    rest: Any = scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
     return lambda: torch.ops.onednn.qlinear_pointwise(codes, 0.02, 128, packed, *rest)
 
 

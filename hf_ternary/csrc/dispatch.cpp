@@ -53,6 +53,8 @@ std::uint64_t saved_registers() {
 #endif
 }
 
+bool is_amd() { return cpuid(0, 0).b == 0x68747541; }  // "Auth" of "AuthenticAMD"
+
 std::vector<Feature> detect() {
   const auto bit = [](std::uint32_t word, int index) { return (word >> index & 1) != 0; };
   const std::uint32_t highest = cpuid(0, 0).a;
@@ -86,9 +88,13 @@ bool has_dot_product() {
 #endif
 }
 
+bool is_amd() { return false; }
+
 std::vector<Feature> detect() { return {{"asimddp", has_dot_product()}}; }
 
 #else
+
+bool is_amd() { return false; }
 
 std::vector<Feature> detect() { return {}; }
 
@@ -127,6 +133,11 @@ std::vector<Backend> find() {
 const std::vector<Backend>& backends() {
   static const std::vector<Backend> found = find();
   return found;
+}
+
+bool unpacking_pays() {
+  static const bool pays = !is_amd();
+  return pays;
 }
 
 std::vector<std::string> cpu_features() {

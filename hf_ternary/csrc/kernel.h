@@ -19,6 +19,8 @@ struct WeightView {
   const std::uint8_t* codes;         // [strips][groups][group_blocks][panels][lanes * 4]
   const float* scale;                // [strips][groups][panels * lanes]
 
+  std::int64_t unpack_rows;          // from this many rows on, a strip is unpacked to bytes before use (see tile.h)
+
   std::int64_t padded_inputs() const { return groups * group_blocks * kBlock; }
 };
 
@@ -37,6 +39,30 @@ struct Output {
   bool stream;
 };
 
+struct Norm {
+  const float* weight;   // [n]
+  const float* bias;     // [n]
+  float epsilon;
+};
+
+enum class Activation { gelu, gelu_tanh, relu };
+
+// Attention computes with int16 operands and int32 sums: exact, so that no order of tiles or threads shows, and twice as many
+// multiply-adds an instruction as float32. Every head of every token has a scale of its own. Keys are padded to whole
+// vectors of `lanes`, head_dim to whole vectors of zeros (`dim`); two neighbours along the summed dimension are one pair.
+struct AttentionOperands {
+  std::int64_t heads, head_dim, dim;
+  std::int64_t tokens, padded;    // of one sequence; padded to a multiple of lanes
+  std::int16_t* query;            // [heads][tokens][dim]
+  float* query_scale;             // [heads][tokens], 1 / sqrt(head_dim) included
+  std::int16_t* key;              // [heads][padded / lanes][dim / 2][lanes][2]
+  float* key_scale;               // [heads][padded]
+  std::int16_t* value;            // [heads][dim / lanes][padded / 2][lanes][2]
+  float* value_scale;             // [heads][padded], 0 beyond tokens
+  const float* bias;              // [heads][2 * bias_reach + 1] added to the scores at distance key - query, or null
+  std::int64_t bias_reach;        // at least tokens - 1
+};
+
 struct Kernel {
   const char* name;
   int lanes;    // outputs of a panel: 32-bit lanes of the vector
@@ -51,6 +77,20 @@ struct Kernel {
   void (*multiply)(const WeightView& weight, const QuantizedRows& x, std::int64_t rows, std::int64_t strip_begin,
                    std::int64_t strip_end, const Output& out, std::uint8_t* scratch);
 
+  // x[rows, n] = layer norm of x + y, or of x if y is null.
+  void (*normalize)(float* x, const float* y, std::int64_t rows, std::int64_t n, const Norm& norm);
+
+  // x[n] = activation(x[n])
+  void (*activate)(Activation activation, float* x, std::int64_t n);
+
+  // Quantizes rows of [query | key | value], float32 [rows, 3 * heads * head_dim], which are the tokens from `first` on.
+  void (*load_attention)(const float* qkv, std::int64_t first, std::int64_t rows, const AttentionOperands& out);
+
+  // y[rows, heads * head_dim] = softmax(query key') value for the queries from `first` on. `scratch`, on a cache line, has
+  // room for attention_scratch(padded) bytes.
+  void (*attend)(const AttentionOperands& operands, std::int64_t first, std::int64_t rows, float* y, std::uint8_t* scratch);
+
+  std::int64_t attention_scratch(std::int64_t padded) const { return rows * padded * 6; }
   std::int64_t strip_width() const { return std::int64_t{lanes} * panels; }
 };
 

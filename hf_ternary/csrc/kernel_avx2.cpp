@@ -15,7 +15,7 @@ namespace {
 
 struct Avx2 : Avx2Common {
   static constexpr int kRows = 4;
-  static constexpr std::int64_t kUnpackRows = 16, kChunkBlocks = 10;
+  static constexpr std::int64_t kChunkBlocks = 10;
   using Partial = __m256i;  // 16 lanes of int16
 
   template <int kField>

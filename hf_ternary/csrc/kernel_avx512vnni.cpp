@@ -11,14 +11,14 @@
 
 #include <immintrin.h>
 
-#include "tile.h"
+#include "attention.h"
 
 namespace hf_ternary {
 namespace {
 
 struct Avx512Vnni {
   static constexpr int kLanes = 16, kPanels = 2, kRows = 8;
-  static constexpr std::int64_t kUnpackRows = 64, kChunkBlocks = INT64_MAX;
+  static constexpr std::int64_t kChunkBlocks = INT64_MAX;
   using Bytes = __m512i;
   using Row = const std::int8_t*;
   using Partial = __m512i;
@@ -60,6 +60,28 @@ struct Avx512Vnni {
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
   static Ints round(Floats x) { return _mm512_cvtps_epi32(x); }
+
+  static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+  static Floats mul_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static float reduce_add(Floats a) { return _mm512_reduce_add_ps(a); }
+  static float reduce_max(Floats a) { return _mm512_reduce_max_ps(a); }
+  static Floats scale_by_power_of_2(Floats x, Ints n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(n, 23)));
+  }
+
+  static Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_ints(void* p, Ints v) { _mm512_storeu_si512(p, v); }
+  static Ints fill_int(std::int32_t x) { return _mm512_set1_epi32(x); }
+  static Ints dot_pairs(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  static Ints join_words(Ints low, Ints high) {
+    return _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(high, 16));
+  }
+  static void store_words(std::int16_t* p, Ints a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+  }
   static void store_codes(std::int8_t* p, Ints a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
   }

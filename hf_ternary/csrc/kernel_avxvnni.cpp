@@ -13,7 +13,7 @@ namespace {
 
 struct AvxVnni : Avx2Common {
   static constexpr int kRows = 4;
-  static constexpr std::int64_t kUnpackRows = 16, kChunkBlocks = INT64_MAX;
+  static constexpr std::int64_t kChunkBlocks = INT64_MAX;
   using Partial = Ints;
 
   template <int kField>

@@ -11,14 +11,14 @@
 
 #include <arm_neon.h>
 
-#include "tile.h"
+#include "attention.h"
 
 namespace hf_ternary {
 namespace {
 
 struct Neon {
   static constexpr int kLanes = 4, kPanels = 2, kRows = 8;
-  static constexpr std::int64_t kUnpackRows = 32, kChunkBlocks = INT64_MAX;
+  static constexpr std::int64_t kChunkBlocks = INT64_MAX;
   using Bytes = uint8x16_t;
   using Row = int8x16_t;
   using Partial = int32x4_t;
@@ -60,6 +60,28 @@ struct Neon {
   static Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
   static Floats to_floats(Ints a) { return vcvtq_f32_s32(a); }
   static Ints round(Floats x) { return vcvtnq_s32_f32(x); }
+
+  static Floats sub(Floats a, Floats b) { return vsubq_f32(a, b); }
+  static Floats max(Floats a, Floats b) { return vmaxq_f32(a, b); }
+  static Floats min(Floats a, Floats b) { return vminq_f32(a, b); }
+  static Floats mul_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+  static Floats divide(Floats a, Floats b) { return vdivq_f32(a, b); }
+  static float reduce_add(Floats a) { return vaddvq_f32(a); }
+  static float reduce_max(Floats a) { return vmaxvq_f32(a); }
+  static Floats scale_by_power_of_2(Floats x, Ints n) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x), vshlq_n_s32(n, 23)));
+  }
+
+  static Ints load_ints(const void* p) { return vld1q_s32(static_cast<const std::int32_t*>(p)); }
+  static void store_ints(void* p, Ints v) { vst1q_s32(static_cast<std::int32_t*>(p), v); }
+  static Ints fill_int(std::int32_t x) { return vdupq_n_s32(x); }
+  static Ints dot_pairs(Ints sum, Ints a, Ints b) {
+    const int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
+    const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
+    return vaddq_s32(sum, vpaddq_s32(low, high));
+  }
+  static Ints join_words(Ints low, Ints high) { return vsliq_n_s32(low, high, 16); }
+  static void store_words(std::int16_t* p, Ints a) { vst1_s16(p, vmovn_s32(a)); }
   static void store_codes(std::int8_t* p, Ints a) {
     const int16x4_t words = vmovn_s32(a);
     const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));

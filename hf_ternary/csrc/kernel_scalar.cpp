@@ -5,14 +5,14 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tile.h"
+#include "attention.h"
 
 namespace hf_ternary {
 namespace {
 
 struct Scalar {
   static constexpr int kLanes = 4, kPanels = 2, kRows = 4;
-  static constexpr std::int64_t kUnpackRows = 8, kChunkBlocks = INT64_MAX;
+  static constexpr std::int64_t kChunkBlocks = INT64_MAX;
   struct Bytes {
     std::uint8_t at[16];
   };
@@ -104,6 +104,64 @@ struct Scalar {
       v.at[i] -= 0x4b400000;
     }
     return v;
+  }
+
+  static Floats sub(Floats a, Floats b) {
+    for (int i = 0; i < 4; ++i) a.at[i] -= b.at[i];
+    return a;
+  }
+  static Floats max(Floats a, Floats b) {
+    for (int i = 0; i < 4; ++i) a.at[i] = a.at[i] > b.at[i] ? a.at[i] : b.at[i];
+    return a;
+  }
+  static Floats min(Floats a, Floats b) {
+    for (int i = 0; i < 4; ++i) a.at[i] = a.at[i] < b.at[i] ? a.at[i] : b.at[i];
+    return a;
+  }
+  static Floats mul_add(Floats a, Floats b, Floats c) { return add(mul(a, b), c); }
+  static Floats divide(Floats a, Floats b) {
+    for (int i = 0; i < 4; ++i) a.at[i] /= b.at[i];
+    return a;
+  }
+  static float reduce_add(Floats a) { return (a.at[0] + a.at[2]) + (a.at[1] + a.at[3]); }
+  static float reduce_max(Floats a) {
+    float top = a.at[0];
+    for (float v : a.at) top = v > top ? v : top;
+    return top;
+  }
+  static Floats scale_by_power_of_2(Floats x, Ints n) {
+    for (int i = 0; i < 4; ++i) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &x.at[i], 4);
+      bits += static_cast<std::uint32_t>(n.at[i]) << 23;
+      std::memcpy(&x.at[i], &bits, 4);
+    }
+    return x;
+  }
+
+  static Ints load_ints(const void* p) {
+    Ints v;
+    std::memcpy(v.at, p, 16);
+    return v;
+  }
+  static void store_ints(void* p, Ints v) { std::memcpy(p, v.at, 16); }
+  static Ints fill_int(std::int32_t x) { return {{x, x, x, x}}; }
+  static Ints dot_pairs(Ints sum, Ints a, Ints b) {
+    std::int16_t x[8], y[8];
+    std::memcpy(x, a.at, 16);
+    std::memcpy(y, b.at, 16);
+    for (int i = 0; i < 4; ++i) sum.at[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+    return sum;
+  }
+  static Ints join_words(Ints low, Ints high) {
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t bits = (static_cast<std::uint32_t>(low.at[i]) & 0xffff) | static_cast<std::uint32_t>(high.at[i]) << 16;
+      low.at[i] = static_cast<std::int32_t>(bits);
+    }
+    return low;
+  }
+  static void store_words(std::int16_t* p, Ints a) {
+    for (int i = 0; i < 4; ++i) p[i] = static_cast<std::int16_t>(a.at[i]);
   }
   static void store_codes(std::int8_t* p, Ints a) {
     for (int i = 0; i < 4; ++i) p[i] = static_cast<std::int8_t>(a.at[i]);

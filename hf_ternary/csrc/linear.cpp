@@ -4,49 +4,17 @@
 
 #include <algorithm>
 
-#include "aligned_buffer.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace hf_ternary {
 namespace {
 
 constexpr std::int64_t kChunkBytes = 256 << 10;    // int8 activations of one chunk of rows
-constexpr std::int64_t kStreamBytes = 4 << 20;     // outputs larger than this are written past the caches
-constexpr std::int64_t kWorkPerThread = 1 << 20;   // multiply-adds that take about as long as waking a thread
+constexpr std::int64_t kStreamBytes = 2 << 20;     // outputs larger than this are written past the caches
+constexpr std::int64_t kWorkPerThread = 2 << 20;   // multiply-adds that take about as long as waking a thread
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// Carves arrays out of the calling thread's own memory, which later calls use again.
-class Scratch {
- public:
-  explicit Scratch(std::int64_t bytes) {
-    thread_local AlignedBuffer<std::uint8_t> memory;
-    next_ = memory.reserve(bytes);
-  }
-  template <class T>
-  T* take(std::int64_t count) {
-    T* taken = reinterpret_cast<T*>(next_);
-    next_ += size<T>(count);
-    return taken;
-  }
-  template <class T>
-  static std::int64_t size(std::int64_t count) {
-    return ceil_div(count * static_cast<std::int64_t>(sizeof(T)), 64) * 64;
-  }
-
- private:
-  std::uint8_t* next_;
-};
-
-std::int64_t rows_size(const WeightView& w, std::int64_t rows) {
-  return Scratch::size<std::int8_t>(rows * w.padded_inputs()) + Scratch::size<std::int32_t>(rows * w.groups) +
-         Scratch::size<float>(rows);
-}
-
-QuantizedRows take_rows(Scratch& scratch, const WeightView& w, std::int64_t rows) {
-  return {scratch.take<std::int8_t>(rows * w.padded_inputs()), scratch.take<std::int32_t>(rows * w.groups),
-          scratch.take<float>(rows)};
-}
 
 }  // namespace
 

@@ -1,11 +1,15 @@
 #include "packed_weight.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+
+#include "dispatch.h"
 
 namespace hf_ternary {
 namespace {
 
+constexpr std::int64_t kUnpackRows = 64;  // then unpacking a strip is a small part of its use
 constexpr std::uint32_t kZeros = 0xaaaaaaaa;  // 16 times 2, the stored code of the value 0
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -56,7 +60,8 @@ PackedWeight::PackedWeight(const Kernel& kernel, const std::uint8_t* codes, cons
       }
     }
   }
-  view_ = {outputs, inputs, groups, group_size, group_blocks, packed, packed_scale};
+  view_ = {outputs, inputs, groups, group_size, group_blocks, packed, packed_scale,
+           unpacking_pays() ? kUnpackRows : INT64_MAX};
 }
 
 }  // namespace hf_ternary

@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <algorithm>
 #include <chrono>
 #include <system_error>
 #include <thread>
@@ -26,6 +27,7 @@ void pause() {
 
 // Never destroyed: its threads may outlive every destructor of the process.
 std::atomic<ThreadPool*> pool{nullptr};
+ThreadPool::OpenMp openmp{};
 
 }  // namespace
 
@@ -33,7 +35,10 @@ ThreadPool& ThreadPool::instance() {
   static const bool created = [] {
     pool = new ThreadPool;
 #ifndef _WIN32
-    pthread_atfork(nullptr, nullptr, [] { pool = new ThreadPool; });  // the old one's threads exist only in the parent
+    pthread_atfork(nullptr, nullptr, [] {  // threads, OpenMP's too, exist only in the parent
+      pool = new ThreadPool;
+      openmp = {};
+    });
 #endif
     return true;
   }();
@@ -41,25 +46,50 @@ ThreadPool& ThreadPool::instance() {
   return *pool.load();
 }
 
-void ThreadPool::run(int threads, std::int64_t tasks, Function function, void* work) {
+void ThreadPool::share(OpenMp runtime) {
+  instance();  // sees to it that a fork ends the sharing
+  openmp = runtime;
+}
+
+void ThreadPool::Job::start(int threads, std::int64_t tasks, decltype(function) function, void* work) {
+  this->function = function;
+  this->work = work;
+  this->tasks = tasks;
+  this->threads = threads;
+  for (int t = 0; t < threads; ++t) next[t] = tasks * t / threads;
+}
+
+void ThreadPool::Job::help(int thread) {
+  for (int i = 0; i < threads; ++i) {
+    const int owner = (thread + i) % threads;
+    const std::int64_t end = tasks * (owner + 1) / threads;
+    for (std::int64_t task; (task = next[owner].fetch_add(1)) < end;) function(work, task, thread);
+  }
+}
+
+void ThreadPool::run(int threads, std::int64_t tasks, decltype(Job::function) function, void* work) {
+  threads = static_cast<int>(std::min<std::int64_t>({threads, tasks, kMaxThreads}));
+  if (threads > 1 && openmp.parallel) {
+    Job job;
+    job.start(threads, tasks, function, work);
+    openmp.parallel([](void* job) { static_cast<Job*>(job)->help(openmp.thread_number()); }, &job,
+                    static_cast<unsigned>(threads), 0);
+    return;
+  }
   std::unique_lock<std::mutex> mine(busy_, std::defer_lock);
-  if (threads <= 1 || tasks <= 1 || !mine.try_lock()) {
+  if (threads <= 1 || !mine.try_lock()) {
     for (std::int64_t task = 0; task < tasks; ++task) function(work, task, 0);
     return;
   }
   grow(threads - 1);
-  function_ = function;
-  work_ = work;
-  tasks_ = tasks;
-  threads_ = threads;
-  next_ = 0;
+  job_.start(threads, tasks, function, work);
   joined_ = 0;
-  ++job_;
+  ++jobs_;
   if (sleeping_ > 0) {
     std::lock_guard<std::mutex> lock(sleep_);
     wake_.notify_all();
   }
-  do_tasks(0);
+  job_.help(0);
   for (int none = 0; !joined_.compare_exchange_weak(none, kClosed); none = 0) pause();
 }
 
@@ -78,7 +108,7 @@ void ThreadPool::serve(int thread) {
   for (std::uint64_t seen = 0;;) {
     seen = wait_for_job(seen);
     if (!join()) continue;
-    if (thread < threads_) do_tasks(thread);
+    if (thread < job_.threads) job_.help(thread);
     --joined_;
   }
 }
@@ -90,22 +120,18 @@ bool ThreadPool::join() {
   return false;
 }
 
-void ThreadPool::do_tasks(int thread) {
-  for (std::int64_t task; (task = next_.fetch_add(1)) < tasks_;) function_(work_, task, thread);
-}
-
 std::uint64_t ThreadPool::wait_for_job(std::uint64_t seen) {
   const auto end = std::chrono::steady_clock::now() + kSpin;
   do {
     for (int i = 0; i < 64; ++i, pause()) {
-      if (job_ != seen) return job_;
+      if (jobs_ != seen) return jobs_;
     }
   } while (std::chrono::steady_clock::now() < end);
   std::unique_lock<std::mutex> lock(sleep_);
   ++sleeping_;
-  wake_.wait(lock, [&] { return job_ != seen; });
+  wake_.wait(lock, [&] { return jobs_ != seen; });
   --sleeping_;
-  return job_;
+  return jobs_;
 }
 
 }  // namespace hf_ternary

@@ -3,14 +3,13 @@
 // How: a tile holds kRows x kPanels accumulators in registers and walks along the columns. Stored codes are {1, 2, 3} =
 // value + 2, unsigned, which is what the x86 dot products (u8 x s8) want; the offset is undone by subtracting twice the
 // sum of the activations. All sums are integers and exact, so the order of rows, tiles and threads never shows.
-// Why two ways to read weights: few rows unpack the 2-bit codes in registers, since memory is what they wait for; many
-// rows unpack a strip once to bytes in the L1/L2 cache and spend every instruction on dot products.
+// Why two ways to read weights: few rows unpack the 2-bit codes in registers, since memory is what they wait for; with many
+// rows it can pay to unpack a strip once to bytes in the L1/L2 cache and spend every instruction on dot products.
 // Floats: sum_g float(acc_g) * weight_scale_g, then * row scale, then + bias, each rounded (this file's users are compiled
 // without contraction to FMA): bit for bit what ops/reference.py computes.
 //
 // An Isa provides
 //   kLanes, kPanels, kRows   geometry (see Kernel)
-//   kUnpackRows              rows from which unpacking a strip first pays
 //   kChunkBlocks             blocks after which a Partial must be widened (it would overflow)
 //   Bytes, Row, Partial, Ints, Floats   vectors; Ints are kLanes int32
 //   and the functions used below.
@@ -27,7 +26,9 @@
 #if defined(_MSC_VER) && !defined(__clang__)
 #define HF_TERNARY_INLINE __forceinline
 #define HF_TERNARY_UNROLL
+#define HF_TERNARY_PREFETCH(address)
 #else
+#define HF_TERNARY_PREFETCH(address) __builtin_prefetch(address, 1)
 #define HF_TERNARY_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
 #define HF_TERNARY_UNROLL _Pragma("unroll")
@@ -129,6 +130,13 @@ template <class Isa, int kRows, bool kUnpacked>
 void tile(const TileArgs& a) {
   constexpr int kLanes = Isa::kLanes, kPanels = Isa::kPanels, kWidth = kLanes * kPanels;
   constexpr std::int64_t kBlockBytes = kWidth * (kUnpacked ? 16 : 4);
+  if (!a.stream) {  // have the lines of y at hand when they are written
+    HF_TERNARY_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      HF_TERNARY_UNROLL
+      for (int n = 0; n < kWidth; n += 16) HF_TERNARY_PREFETCH(a.y + r * a.y_stride + n);
+    }
+  }
   typename Isa::Floats y[kRows][kPanels] = {};
   const std::uint8_t* codes = a.codes;
   const std::int8_t* x = a.x;
@@ -202,7 +210,7 @@ void multiply(const WeightView& w, const QuantizedRows& x, std::int64_t rows, st
   constexpr int kWidth = Isa::kLanes * Isa::kPanels;
   const std::int64_t blocks = w.groups * w.group_blocks, stride = w.padded_inputs();
   const std::int64_t tiles = (rows + Isa::kRows - 1) / Isa::kRows;
-  const bool unpacked = rows >= Isa::kUnpackRows;
+  const bool unpacked = rows >= w.unpack_rows;
   const bool aligned = reinterpret_cast<std::uintptr_t>(out.y) % 64 == 0 && w.outputs % 16 == 0;
   for (std::int64_t strip = strip_begin; strip < strip_end; ++strip) {
     const std::int64_t first = strip * kWidth, left = w.outputs - first, width = left < kWidth ? left : kWidth;
@@ -214,7 +222,11 @@ void multiply(const WeightView& w, const QuantizedRows& x, std::int64_t rows, st
     float edge[kWidth] = {};  // a bias that ends inside the strip
     const float* strip_bias = out.bias ? out.bias + first : nullptr;
     if (out.bias && width < kWidth) strip_bias = static_cast<float*>(std::memcpy(edge, strip_bias, width * sizeof(float)));
-    for (std::int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height: 13 rows are 7 + 6, not 12 + 1
+    for (std::int64_t i = 0; i < tiles; ++i) {
+      // Neighbours change places. In plain order the stride prefetcher would run on into the rows behind the last tile, and
+      // so take from another core's cache the lines of y that it is writing.
+      const std::int64_t t = (i ^ 1) < tiles ? i ^ 1 : i;
+      // Tiles of nearly equal height: 9 rows are 5 + 4, not 8 + 1.
       const std::int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
       const TileArgs args{codes,
                           w.scale + strip * w.groups * kWidth,
@@ -282,11 +294,6 @@ void quantize(const WeightView& w, const float* x, std::int64_t rows, QuantizedR
       out.twice_sum[g] = 2 * Isa::reduce_add(sum);
     }
   }
-}
-
-template <class Isa>
-constexpr Kernel make_kernel(const char* name) {
-  return {name, Isa::kLanes, Isa::kPanels, Isa::kRows, quantize<Isa>, multiply<Isa>};
 }
 
 }  // namespace

@@ -5,8 +5,10 @@ tensor: it is not saved, copied or pickled with a module, it is made anew when t
 to, and it goes when the weight goes. Writes that torch itself cannot see (through ``.data`` or numpy) are not noticed.
 """
 
+import ctypes
 import math
 import weakref
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,17 @@ class _Entry(NamedTuple):
     packed: Any  # _native.PackedWeight
 
 
+def _share_torch_threads(module: Any) -> None:
+    """Run on torch's OpenMP threads: after each parallel op of torch's they spin for milliseconds and would starve ours."""
+    try:
+        # Looks in what torch itself was linked to: another package may have loaded another OpenMP.
+        library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        functions = library.GOMP_parallel, library.omp_get_thread_num
+    except (OSError, AttributeError):
+        return  # a torch with another OpenMP, or with none
+    module.share_openmp(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+
+
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -32,6 +45,7 @@ class NativeLinear:
         module = backends.native()
         assert module is not None
         self.backend, self._native = backend, module
+        _share_torch_threads(module)
         self._entries: dict[int, _Entry] = {}
 
     def __call__(

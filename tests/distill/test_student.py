@@ -82,10 +82,13 @@ def test_packed_and_reloaded_equals_the_training_forward(
     assert not ternary_layers(packed)
     save_pretrained(packed, tmp_path / "model")
     loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
-    got = loaded.encode(SENTENCES, convert_to_tensor=True, batch_size=len(SENTENCES))
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
     assert loaded[0].auto_model.config.quantization_config.to_dict() == config.to_dict()
     assert not loaded[0].auto_model.config.output_hidden_states
+    got = loaded.encode(SENTENCES, convert_to_tensor=True, batch_size=len(SENTENCES))
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)  # a native encoder has its own softmax and GELU
+    with torch.no_grad():
+        got = Encoder(loaded)(batch["input_ids"], batch["attention_mask"])["embedding"]  # module by module
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
 
 def test_encoder_returns_hidden_states_relations_and_never_drops_out(tiny_sentence_transformer: Path):

@@ -46,6 +46,15 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["threads of torch", "threads of our own"])
+def either_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    module = backends.native()
+    if request.param == "threads of our own":
+        module.share_openmp(0, 0)
+    yield
+    native._share_torch_threads(module)
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs start as NaN, so that an element that is never written shows."""
@@ -68,7 +77,7 @@ def test_equals_the_reference(kernel: native.NativeLinear, in_features: int) -> 
             assert same(kernel(x, weight, scale, given), reference.linear(x, weight, scale, given)), (out_features, rows)
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "either_threads")
 def test_random_shapes_on_several_threads(kernel: native.NativeLinear, threads: Callable[[int], None]) -> None:
     random.seed(0)
     for _ in range(60):
@@ -236,6 +245,7 @@ class TestLayoutCache:
         assert same(kernel(x, copied, scale, bias), expected)
 
 
+@pytest.mark.usefixtures("either_threads")
 def test_concurrent_calls(kernel: native.NativeLinear, threads: Callable[[int], None]) -> None:
     threads(2)
     layers = [make_layer(300, 384, seed=seed) for seed in range(4)]

@@ -114,7 +114,7 @@ def test_bad_input_is_one_line(
 
 
 def test_ctrl_c_stops_cleanly_and_the_run_can_go_on(options: Options, tmp_path: Path):  # noqa: F811
-    run_options = options(max_steps=100_000, save_steps=20, eval_strategy="no", num_train_epochs=1)
+    run_options = options(max_steps=2000, save_steps=20, eval_strategy="no", num_train_epochs=1)
     config = write(tmp_path / "a.yaml", run_options)
     process = subprocess.Popen(
         [sys.executable, str(RECIPES / "distill.py"), "--config", config],

@@ -1,0 +1,119 @@
+// What happens to a row of activations between two products, written once over an `Isa` (see tile.h).
+//
+// Every function walks a row that lies in the L1 cache, in vectors from the left: the order of a sum depends on the length
+// of the row only, never on its neighbours.
+#pragma once
+
+#include "tile.h"
+
+namespace hf_ternary {
+namespace {
+
+template <class Isa>
+HF_TERNARY_INLINE void store_some(float* x, typename Isa::Floats v, std::int64_t count) {
+  if (count >= Isa::kLanes) return Isa::store(x, v);
+  float edge[Isa::kLanes];
+  Isa::store(edge, v);
+  std::memcpy(x, edge, count * sizeof(float));
+}
+
+// sqrt without the C library: its functions may not be used in these files (see tile.h).
+inline float square_root(float x) {
+#if defined(_MSC_VER) && !defined(__clang__)
+  return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+template <class Isa>
+void normalize(float* x, const float* y, std::int64_t rows, std::int64_t n, const Norm& norm) {
+  const float count = static_cast<float>(n);
+  for (std::int64_t r = 0; r < rows; ++r, x += n) {
+    auto sum = Isa::fill(0.0f);
+    for (std::int64_t k = 0; k < n; k += Isa::kLanes) {
+      auto v = load_some<Isa>(x + k, n - k);
+      if (y) {
+        v = Isa::add(v, load_some<Isa>(y + k, n - k));
+        store_some<Isa>(x + k, v, n - k);
+      }
+      sum = Isa::add(sum, v);
+    }
+    if (y) y += n;
+    const auto mean = Isa::fill(Isa::reduce_add(sum) / count);
+    auto squares = Isa::fill(0.0f);
+    for (std::int64_t k = 0; k < n; k += Isa::kLanes) {
+      auto v = Isa::sub(load_some<Isa>(x + k, n - k), mean);
+      store_some<Isa>(x + k, v, n - k);
+      if (n - k < Isa::kLanes) v = load_some<Isa>(x + k, n - k);  // lanes that do not exist hold -mean
+      squares = Isa::mul_add(v, v, squares);
+    }
+    const auto inverse = Isa::fill(1.0f / square_root(Isa::reduce_add(squares) / count + norm.epsilon));
+    for (std::int64_t k = 0; k < n; k += Isa::kLanes) {
+      const auto v = Isa::mul(load_some<Isa>(x + k, n - k), inverse);
+      const auto y_k = Isa::mul_add(v, load_some<Isa>(norm.weight + k, n - k), load_some<Isa>(norm.bias + k, n - k));
+      store_some<Isa>(x + k, y_k, n - k);
+    }
+  }
+}
+
+// 2**n * polynomial(x - n log 2), relative error below 2e-7; NaN stays NaN, below -87 it is 1e-38, above 88 3e38.
+template <class Isa>
+HF_TERNARY_INLINE typename Isa::Floats exponential(typename Isa::Floats x) {
+  x = Isa::min(Isa::fill(88.0f), Isa::max(Isa::fill(-87.0f), x));  // a NaN is the second operand, which these return
+  const auto n = Isa::round(Isa::mul(x, Isa::fill(1.44269504f)));
+  const auto whole = Isa::to_floats(n);
+  auto f = Isa::mul_add(whole, Isa::fill(-0.693359375f), x);  // log 2 in two parts, the first of few bits
+  f = Isa::mul_add(whole, Isa::fill(2.12194440e-4f), f);
+  auto p = Isa::fill(1.9875691500e-4f);  // Cephes expf
+  p = Isa::mul_add(p, f, Isa::fill(1.3981999507e-3f));
+  p = Isa::mul_add(p, f, Isa::fill(8.3334519073e-3f));
+  p = Isa::mul_add(p, f, Isa::fill(4.1665795894e-2f));
+  p = Isa::mul_add(p, f, Isa::fill(1.6666665459e-1f));
+  p = Isa::mul_add(p, f, Isa::fill(5.0000001201e-1f));
+  p = Isa::add(Isa::mul_add(p, Isa::mul(f, f), f), Isa::fill(1.0f));
+  return Isa::scale_by_power_of_2(p, n);
+}
+
+// x * Phi(x), absolute error below 2e-6: Phi(x) - 1/2 is x times a polynomial in x**2 (minimax on [-5, 5]).
+template <class Isa>
+HF_TERNARY_INLINE typename Isa::Floats gelu(typename Isa::Floats x) {
+  constexpr float kCoefficients[] = {0.141363785f,    -0.0702966526f, 0.0515214205f,    -0.0404329449f, 0.0314262249f,
+                                     -0.0233367532f,  0.0164976865f,  -0.0109731685f,   0.00616534986f, -0.00291575026f,
+                                     0.00200195354f,  -0.00151412003f, 0.000492930238f};
+  const auto z = Isa::min(Isa::fill(5.0f), Isa::max(Isa::fill(-5.0f), x));
+  const auto u = Isa::mul_add(Isa::mul(z, z), Isa::fill(0.08f), Isa::fill(-1.0f));
+  auto p = Isa::fill(kCoefficients[12]);
+  HF_TERNARY_UNROLL
+  for (int i = 11; i >= 0; --i) p = Isa::mul_add(p, u, Isa::fill(kCoefficients[i]));
+  return Isa::mul(x, Isa::mul_add(p, z, Isa::fill(0.5f)));
+}
+
+// x / 2 * (1 + tanh(y)) = x * (1 - 1 / (exp(2y) + 1)),  y = sqrt(2 / pi) (x + 0.044715 x**3)
+template <class Isa>
+HF_TERNARY_INLINE typename Isa::Floats gelu_tanh(typename Isa::Floats x) {
+  const auto one = Isa::fill(1.0f), square = Isa::mul(x, x);
+  const auto twice = Isa::mul(x, Isa::mul_add(square, Isa::fill(0.0713548163f), Isa::fill(1.59576912f)));
+  return Isa::mul(x, Isa::sub(one, Isa::divide(one, Isa::add(exponential<Isa>(twice), one))));
+}
+
+template <class Isa>
+void activate(Activation activation, float* x, std::int64_t n) {
+  for (std::int64_t k = 0; k < n; k += Isa::kLanes) {
+    const auto v = load_some<Isa>(x + k, n - k);
+    switch (activation) {
+      case Activation::gelu:
+        store_some<Isa>(x + k, gelu<Isa>(v), n - k);
+        break;
+      case Activation::gelu_tanh:
+        store_some<Isa>(x + k, gelu_tanh<Isa>(v), n - k);
+        break;
+      case Activation::relu:
+        store_some<Isa>(x + k, Isa::max(Isa::fill(0.0f), v), n - k);
+        break;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hf_ternary

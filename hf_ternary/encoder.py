@@ -1,0 +1,252 @@
+"""Binds a transformers encoder with ternary layers to the native encoder, which computes all its layers in one call.
+
+How: when a model is loaded, the base model inside it (``BertModel``, ...) gets a subclass of its own class whose ``forward``
+asks the native encoder, and its parent class whenever the native one may not serve: gradients, hidden states, attentions,
+adapters, hooks, another device or dtype, a mask with holes. The C++ side is made at the first call, again after a weight was
+changed, and belongs to no module: it is neither saved, copied nor pickled.
+Why a subclass and not a replaced method: transformers' classes stay as they are, ``super().forward`` is the fallback, and
+everything that looks at the class's name (saving, pipelines, conversion) sees the one it knows.
+"""
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from .architectures import ARCHITECTURES, NativeEncoder
+from .modules import QuantizedEmbedding, TernaryLinear
+from .ops import backends
+
+# Arguments of forward that the native encoder reads; any other must be None or False.
+_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "return_dict", "use_cache"}
+
+
+def bind(model: nn.Module) -> None:
+    """Give the native forward to every supported base model inside ``model``; no-op where the reference backend runs."""
+    if backends.choose().backend == "reference":
+        return
+    for module in model.modules():
+        if _architecture(module):
+            cls: Any = type(module)
+            module.__class__ = _native_class(cls)
+
+
+def explain(model: nn.Module) -> dict[str, str]:
+    """Which path the encoders inside ``model`` take at inference: {name: "native" or "module by module: <why>"}.
+
+    The name of ``model`` itself is ``""``. A model without a known encoder gives ``{"": "module by module: <why>"}``.
+    """
+    paths = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "hf_ternary_base"):
+            obstacle = _state(module).obstacle
+            paths[name] = "native" if obstacle is None else f"module by module: {obstacle}"
+        elif _architecture(module):
+            choice = backends.choose()
+            why = (
+                f"the backend is {choice.backend!r}"
+                if choice.backend == "reference"
+                else "it was not loaded as a packed model"
+            )
+            paths[name] = f"module by module: {why}"
+    known = ", ".join(ARCHITECTURES)
+    return paths or {"": f"module by module: {type(model).__name__} holds no known encoder ({known})"}
+
+
+def _architecture(module: nn.Module) -> str | None:
+    """The supported transformers class that ``module`` is exactly an instance of."""
+    cls = type(module)
+    known = cls.__name__ in ARCHITECTURES and cls.__module__.startswith("transformers.models.")
+    return cls.__name__ if known and not hasattr(cls, "hf_ternary_base") else None
+
+
+@functools.cache
+def _native_class(base: Any) -> Any:
+    names = tuple(inspect.signature(base.forward).parameters)[1:]
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = _forward(self, {**dict(zip(names, args, strict=False)), **kwargs})
+        return base.forward(self, *args, **kwargs) if output is None else output
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        _, arguments, *state = base.__reduce_ex__(self, protocol)
+        return _new, (base, *arguments[1:]), *state
+
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce,
+        "hf_ternary_base": base,
+        "forward": forward,
+    }
+    return type(base)(base.__name__, (base,), members)
+
+
+def _new(base: Any) -> Any:
+    """What unpickling starts from: the class is made anew, it has no place to be imported from."""
+    return object.__new__(_native_class(base))
+
+
+def _forward(module: Any, inputs: dict[str, Any]) -> Any:
+    """The native forward's output, or None if it may not serve these inputs."""
+    if not _may_serve(module, inputs):
+        return None
+    native = _state(module).native
+    if native is None:
+        return None
+    ids, types = inputs["input_ids"].contiguous(), inputs.get("token_type_ids")
+    mask = inputs.get("attention_mask")
+    mask = None if mask is None else mask.long().contiguous()
+    types = None if types is None else types.contiguous()
+    y = torch.empty((*ids.shape, native.hidden), dtype=torch.float32)
+    at_ids, at_types, at_mask = (0 if t is None else t.data_ptr() for t in (ids, types, mask))
+    rows, columns = ids.shape
+    if not native.hidden_states(at_ids, at_types, at_mask, rows, columns, y.data_ptr(), torch.get_num_threads()):
+        return None
+    return _output(module, y)
+
+
+def _may_serve(module: Any, inputs: dict[str, Any]) -> bool:
+    if torch.is_grad_enabled() or module.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    for name, value in inputs.items():
+        if value is not None and value is not False and name not in _INPUTS:
+            return False
+    config = module.config
+    if inputs.get("return_dict") is False or not getattr(config, "return_dict", True):
+        return False
+    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+        return False
+    ids = inputs.get("input_ids")
+    if not (_is_plain(ids) and ids.dtype == torch.int64 and ids.numel()):  # type: ignore[union-attr]
+        return False
+    types, mask = inputs.get("token_type_ids"), inputs.get("attention_mask")
+    if types is not None and not (_is_plain(types) and types.dtype == torch.int64 and types.shape == ids.shape):  # type: ignore[union-attr]
+        return False
+    return mask is None or (_is_plain(mask) and not mask.is_floating_point() and mask.shape == ids.shape)  # type: ignore[union-attr]
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) is torch.Tensor and tensor.dim() == 2 and tensor.device.type == "cpu"
+
+
+def _output(module: Any, hidden_states: torch.Tensor) -> Any:
+    from transformers import modeling_outputs as outputs
+
+    name = module.hf_ternary_base.__name__
+    if name == "DistilBertModel":
+        return outputs.BaseModelOutput(last_hidden_state=hidden_states)
+    pooled = None if module.pooler is None else module.pooler(hidden_states)
+    if name == "MPNetModel":
+        return outputs.BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+    return outputs.BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+class _State:
+    """The native encoder of a module, or the obstacle, as long as ``holds()``."""
+
+    def __init__(self, module: Any) -> None:
+        modules = [module, *(m for part in _parts(module) for m in part.modules())]
+        self._modules, self._hooked = modules, _hooked(modules)
+        self._slots = [slot for m in modules for slot in _slots(m)]
+        self.native: NativeEncoder | None = None
+        self.obstacle = _obstacle(modules)
+        if self.obstacle is not None:
+            return
+        config = module.config.to_dict()
+        config.setdefault("quantization_config", {})
+        config["quantization_config"] = {"activation": _activation(modules)}
+        config["padding_idx"] = getattr(module.embeddings, "padding_idx", None)
+        _, architecture = ARCHITECTURES[module.hf_ternary_base.__name__]
+        arrays = {
+            f"{name}.{key}": tensor.detach().numpy()
+            for name, part in module.named_modules()
+            if not name.startswith("pooler")
+            for key, tensor in (*part._parameters.items(), *part._buffers.items())
+            if tensor is not None
+        }
+        try:
+            self.native = NativeEncoder(architecture, config, arrays)
+        except ValueError as error:
+            self.obstacle = str(error)
+
+    def holds(self) -> bool:
+        """Whether no weight was changed or replaced, and no module, since."""
+        return _hooked(self._modules) == self._hooked and all(
+            table.get(key) is value and _version(value) == version for table, key, value, version in self._slots
+        )
+
+
+_states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _state(module: nn.Module) -> _State:
+    state = _states.get(module)
+    if state is None or not state.holds():
+        with _lock:
+            state = _State(module)
+            _states[module] = state
+    return state
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The children that the native encoder replaces."""
+    return (child for name, child in module.named_children() if name != "pooler")
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, int]]:
+    tables: tuple[Any, ...] = (module._parameters, module._buffers, module._modules)
+    return ((table, key, value, _version(value)) for table in tables for key, value in table.items() if key != "pooler")
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+
+
+def _hooked(modules: list[nn.Module]) -> bool:
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return True
+    inner = iter(modules)
+    next(inner)  # the encoder's own hooks run around its forward
+    for m in inner:
+        if m._forward_pre_hooks or "forward" in m.__dict__:
+            return True
+        # transformers leaves its own behind, which do nothing unless hidden states or attentions are asked for.
+        if m._forward_hooks and not all(h.__module__.startswith("transformers.") for h in m._forward_hooks.values()):
+            return True
+    return False
+
+
+def _activation(modules: list[nn.Module]) -> str | None:
+    kinds = {m.activation for m in modules if isinstance(m, TernaryLinear)}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _obstacle(modules: list[nn.Module]) -> str | None:
+    """Why these modules cannot be replaced, beyond what :class:`NativeEncoder` itself finds."""
+    if _hooked(modules):
+        return "a submodule has a forward hook or a replaced forward"
+    for m in modules:
+        if isinstance(m, QuantizedEmbedding) and (m.multiplier != 1 or m.dtype != torch.float32):
+            return f"its token table gives {m.dtype}, not float32"
+        if type(m) is not TernaryLinear and isinstance(m, nn.Linear):
+            return "it holds a Linear layer that is not ternary"
+        if type(m).__module__.split(".")[0] not in ("torch", "transformers", "hf_ternary"):
+            return f"it holds a {type(m).__name__} of {type(m).__module__} (an adapter?)"
+        for key, tensor in (*m._parameters.items(), *m._buffers.items()):
+            if tensor is not None and tensor.device.type != "cpu":
+                return f"{key} is on {tensor.device}, not on the CPU"
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                return f"{key} is {tensor.dtype}, not float32"
+    return None

@@ -1,0 +1,235 @@
+"""``hf_ternary.load(path).encode(texts)``: embeddings from a packed model with neither torch nor transformers.
+
+For servers and functions, where start-up and memory count: only numpy, safetensors, tokenizers and, for a model on the Hub,
+huggingface_hub are imported. The folder is the one SentenceTransformer reads, and the embeddings are the same.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as Normalizers
+
+from .architectures import ARCHITECTURES, MODEL_TYPES, NativeEncoder, UnsupportedError
+from .config import TernaryConfig
+from .files import read_json
+from .ops import backends
+
+_POOLINGS = {"mean": "mean", "cls": "first"}
+_RESAVE = "Fix: download it again or save the model again"
+# Texts that are tokenized at once, and tokens that one native call encodes: Ctrl-C waits for no more.
+_TEXTS, _TOKENS = 512, 4096
+
+
+def load(model: str | Path, revision: str | None = None, threads: int | None = None) -> "Encoder":
+    """Load a packed sentence-transformers model for inference on the CPU.
+
+    Args:
+        model: a folder, or a repository on the Hugging Face Hub.
+        revision: branch, tag or commit of the repository.
+        threads: that a call uses; default: as many as this process has CPUs.
+
+    Raises:
+        ValueError: the model is not ternary, damaged, or of a kind that needs SentenceTransformer (the message says why).
+        ImportError: the C++ kernels are not built.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    return Encoder(folder, threads)
+
+
+class Encoder:
+    """A packed embedding model; make one with :func:`load`. Calls from several threads at once are fine."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        if backends.native() is None or backends.choose().backend == "reference":
+            raise ImportError(
+                f"hf_ternary.load needs the C++ kernels ({backends.choose().reason}). Fix: {backends.REINSTALL}, or use "
+                "SentenceTransformer"
+            )
+        self.threads = threads or len(
+            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        )
+        transformer, self._pooling, self._normalize = _modules(folder)
+        config = read_json(transformer / "config.json")
+        self._native = _native_encoder(transformer, config)
+        self._tokenizer, self.max_seq_length = _tokenizer(transformer, config)
+        options = read_json(folder / "config_sentence_transformers.json")
+        self.prompts: dict[str, str] = options.get("prompts") or {}
+        self.default_prompt_name: str | None = options.get("default_prompt_name")
+
+    @property
+    def dimension(self) -> int:
+        """Numbers of an embedding."""
+        return self._native.hidden
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize: bool | None = None,
+    ) -> np.ndarray:
+        """Embeddings of texts; the same bits for a text whatever stands beside it.
+
+        Args:
+            texts: one text, or several.
+            prompt: put before every text; default: the model's prompt of the name ``prompt_name``, if it has any.
+            prompt_name: one of ``prompts``; default: the model's ``default_prompt_name``.
+            normalize: scale embeddings to length 1; default: what the model's files say.
+
+        Returns:
+            float32 ``[dimension]`` for one text, ``[len(texts), dimension]`` for several.
+
+        Raises:
+            ValueError: a text is no string, or an unknown ``prompt_name``.
+        """
+        many = [texts] if isinstance(texts, str) else list(texts)
+        wrong = next((text for text in many if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise ValueError(f"texts holds {wrong!r} of type {type(wrong).__name__}: use strings")
+        prefix = self._prompt(prompt, prompt_name)
+        if prefix:
+            many = [prefix + text for text in many]
+        y = np.empty((len(many), self.dimension), np.float32)
+        done = 0
+        for ids, offsets in self._tokenize(many):
+            count = len(offsets) - 1
+            normalized = self._normalize if normalize is None else normalize
+            y[done : done + count] = self._native.embeddings(ids, offsets, self._pooling, normalized, self.threads)
+            done += count
+        return y[0] if isinstance(texts, str) else y
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is not None:
+            return prompt
+        name = name or self.default_prompt_name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            raise ValueError(
+                f"prompt_name={name!r} is unknown: use one of {', '.join(self.prompts) or 'none, there are none'}"
+            )
+        return self.prompts[name]
+
+    def _tokenize(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Token ids, int64, and where each text begins and the last ends, int64; a few thousand tokens at a time."""
+        for first in range(0, len(texts), _TEXTS):
+            some = texts[first : first + _TEXTS]
+            one = len(some) == 1  # spares waking the tokenizer's threads
+            encodings = [self._tokenizer.encode(some[0])] if one else self._tokenizer.encode_batch_fast(some)
+            rows: list[list[int]] = []
+            for encoding in encodings:
+                rows.append(encoding.ids)
+                if sum(map(len, rows)) >= _TOKENS:
+                    yield _flatten(rows)
+                    rows = []
+            if rows:
+                yield _flatten(rows)
+
+
+def _flatten(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    return np.fromiter((i for row in rows for i in row), np.int64, int(offsets[-1])), offsets
+
+
+def _modules(folder: Path) -> tuple[Path, str, bool]:
+    """The transformer's folder, the pooling and whether embeddings are normalized, from modules.json."""
+    try:
+        modules = [(m["type"].rpartition(".")[2], folder / m["path"]) for m in read_json(folder / "modules.json", [])]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'modules.json'} is damaged ({error!r}). {_RESAVE}") from error
+    kinds = [kind for kind, _ in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise UnsupportedError(
+            f"{folder} consists of {', '.join(kinds) or 'no sentence-transformers modules'}; hf_ternary.load runs "
+            "Transformer, Pooling and Normalize. Fix: use SentenceTransformer"
+        )
+    return modules[0][1], _pooling_mode(read_json(modules[1][1] / "config.json"), folder), len(kinds) == 3
+
+
+def _pooling_mode(options: dict[str, Any], folder: Path) -> str:
+    mode = options.get("pooling_mode")
+    if mode is None:  # sentence-transformers before 6
+        names = {"cls_token": "cls", "mean_tokens": "mean"}
+        found = [
+            names.get(key.removeprefix("pooling_mode_"), key) for key, on in options.items() if on is True and "mode" in key
+        ]
+        mode = found[0] if len(found) == 1 else found
+    if not isinstance(mode, str) or mode not in _POOLINGS or not options.get("include_prompt", True):
+        without = "" if options.get("include_prompt", True) else " without the prompt"
+        raise UnsupportedError(
+            f"{folder} pools by {mode!r}{without}; hf_ternary.load knows {' and '.join(_POOLINGS)}. "
+            "Fix: use SentenceTransformer"
+        )
+    return _POOLINGS[mode]
+
+
+def _native_encoder(folder: Path, config: dict[str, Any]) -> NativeEncoder:
+    options = config.get("quantization_config")
+    if not options or options.get("quant_method") != "ternary":
+        raise ValueError(f"{folder} holds no ternary model. Fix: make one with `hf-ternary quantize {folder} DST`")
+    TernaryConfig.from_dict(options)
+    name = MODEL_TYPES.get(config.get("model_type", ""))
+    if name is None:
+        known = ", ".join(MODEL_TYPES)
+        raise UnsupportedError(
+            f"model_type {config.get('model_type')!r} is not one of {known}. Fix: use SentenceTransformer"
+        )
+    prefix, architecture = ARCHITECTURES[name]
+    try:
+        return NativeEncoder(architecture, config, _read(folder, prefix))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{folder}: {error}. Fix: use SentenceTransformer") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _read(folder: Path, prefix: str) -> dict[str, np.ndarray]:
+    """Every tensor of the folder's safetensors files, named as in the base model."""
+    arrays = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "numpy") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    array = file.get_tensor(name)
+                    if name.endswith(".weight_scale") and not (np.isfinite(array).all() and (array >= 0).all()):
+                        raise ValueError(f"{path}: {name} holds a NaN, an infinity or a negative value. {_RESAVE}")
+                    arrays[name.removeprefix(f"{prefix}.")] = array
+        except (SafetensorError, TypeError, AttributeError) as error:  # the last two: bfloat16, which numpy has not
+            raise ValueError(f"{path} cannot be read ({error}): damaged, or not saved in float32. {_RESAVE}") from error
+    if not arrays:
+        raise ValueError(f"{folder} holds no safetensors file. {_RESAVE}")
+    return arrays
+
+
+def _tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, int]:
+    """The tokenizer, which cuts texts, and the most tokens that it lets pass."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UnsupportedError(f"{path} is missing; hf_ternary.load reads no other tokenizer. Fix: use SentenceTransformer")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(f"{path} is damaged ({error}). {_RESAVE}") from error
+    settings = read_json(next(iter(sorted(folder.glob("sentence_*_config.json"))), folder / "sentence_bert_config.json"))
+    length = settings.get("max_seq_length")
+    if length is None:
+        limits = [read_json(folder / "tokenizer_config.json").get("model_max_length"), config.get("max_position_embeddings")]
+        length = min(limit for limit in limits if limit is not None)
+    if settings.get("do_lower_case"):
+        rest = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = Normalizers([Lowercase(), *rest])
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(int(length))
+    return tokenizer, int(length)

@@ -1,0 +1,39 @@
+"""The C++ kernels without Python, against plain loops: those of this machine, and NEON under an emulator.
+
+The second needs a cross compiler and qemu-user; `make neon-tools` installs both.
+"""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parents[2] / "hf_ternary" / "csrc"
+OPTIONS = ["-O1", "-std=c++17", "-ffp-contract=off", "-pthread", "-w", f"-I{SOURCES}"]
+
+COMPILER = shutil.which("g++") or shutil.which("c++")
+CROSS_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+
+
+def check_kernels(compiler: str, folder: Path, options: list[str], emulator: list[str]) -> list[str]:
+    """Names of the kernels that were checked."""
+    program = folder / "kernel_check"
+    sources = [Path(__file__).with_name("kernel_check.cpp"), *(p for p in SOURCES.glob("*.cpp") if p.name != "native.cpp")]
+    subprocess.run([compiler, *OPTIONS, *options, *map(str, sources), "-o", str(program)], check=True, timeout=250)
+    done = subprocess.run([*emulator, str(program)], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not COMPILER, reason="needs an x86-64 machine with g++")
+def test_kernels_of_this_machine(tmp_path: Path) -> None:
+    assert "scalar" in check_kernels(str(COMPILER), tmp_path, ["-march=native"], [])
+
+
+@pytest.mark.skipif(not (CROSS_COMPILER and EMULATOR), reason="needs a cross compiler and qemu: make neon-tools")
+def test_neon(tmp_path: Path) -> None:
+    options = ["-march=armv8.2-a+dotprod", "-static"]
+    assert check_kernels(str(CROSS_COMPILER), tmp_path, options, [str(EMULATOR)]) == ["neon", "scalar"]

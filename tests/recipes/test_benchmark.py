@@ -1,0 +1,32 @@
+"""The speed recipe: what it measures is one layer's calls in turns, and what it writes is complete."""
+
+import json
+import runpy
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "benchmark.py"))
+
+
+def test_kernels(tmp_path: Path) -> None:
+    output = tmp_path / "kernels.json"
+    options = ["kernels", "--quick", "--repeats", "2", "--threads", "1", "--rows", "3", "--output", str(output)]
+    done = CliRunner().invoke(RECIPE["app"], options, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "384 x 384" in done.output
+    written = json.loads(output.read_text())
+    assert {"commit", "hardware", "versions", "seed", "capabilities"} <= written.keys()
+    (cell,) = written["cells"]
+    assert (cell["threads"], cell["in_features"], cell["out_features"], cell["rows"]) == (1, 384, 384, 3)
+    assert {"ternary", "float32"} <= cell["microseconds"].keys()
+    assert cell["speedup"].keys() == cell["microseconds"].keys() - {"ternary"}
+
+
+def test_contenders_take_turns() -> None:
+    calls: list[str] = []
+    ticks = iter(range(100))
+    contenders = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    seconds = RECIPE["take_turns"](contenders, 3, lambda: float(next(ticks)), least=1.0)
+    assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 3
+    assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}

@@ -1,0 +1,383 @@
+"""The native encoder against the module-wise path of the same model, which runs whenever gradients are on."""
+
+import copy
+import os
+import pickle
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_ternary import TernaryConfig, encoder
+from hf_ternary.modules import TernaryLinear
+from hf_ternary.ops import backends
+
+from .conftest import VOCAB_SIZE, tiny_bert_config
+
+pytestmark = pytest.mark.skipif(backends.choose().backend == "reference", reason="the C++ kernels are not built")
+
+ARCHITECTURES = ["bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert"]
+HIDDEN, PAD = 32, 1
+
+
+def tiny_config(model_type: str, **options: Any) -> Any:
+    from transformers import AutoConfig
+
+    if model_type == "bert":
+        return tiny_bert_config(**options)
+    sizes = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 160}
+    if model_type == "distilbert":
+        sizes |= {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+    else:
+        sizes |= {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return AutoConfig.for_model(model_type, **{**sizes, **options})
+
+
+def make(folder: Path, model_type: str = "bert", ternary: TernaryConfig | None = None, **options: Any) -> Any:
+    """A packed model of random weights, in evaluation mode."""
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    AutoModel.from_config(tiny_config(model_type, **options)).save_pretrained(folder)
+    return AutoModel.from_pretrained(folder, quantization_config=ternary or TernaryConfig()).eval()
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Any:
+    return make(tmp_path / "bert")
+
+
+def batch(lengths: list[int], width: int | None = None, left: bool = False) -> dict[str, torch.Tensor]:
+    """Random ids, padded to ``width``; the same row for the same length whatever the batch."""
+    width = width or max(lengths)
+    ids, mask = torch.full((len(lengths), width), PAD), torch.zeros(len(lengths), width, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        columns = slice(width - length, width) if left else slice(0, length)
+        ids[row, columns] = torch.randint(5, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length))
+        mask[row, columns] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def native(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The native path's hidden states; fails if another path ran."""
+    with torch.inference_mode():
+        assert set(encoder.explain(model).values()) == {"native"}
+        assert encoder._forward(model, inputs) is not None
+        return model(**inputs).last_hidden_state
+
+
+def module_wise(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.enable_grad():
+        return model(**inputs).last_hidden_state.detach()
+
+
+def embed(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    mask = mask.unsqueeze(-1)
+    return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def assert_same_embeddings(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    ours, theirs = native(model, inputs), module_wise(model, inputs)
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype
+    ours, theirs = embed(ours, inputs["attention_mask"]), embed(theirs, inputs["attention_mask"])
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+    assert F.cosine_similarity(ours, theirs).min() > 0.9999
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_equals_the_module_wise_path(model_type: str, tmp_path: Path):
+    model = make(tmp_path, model_type)
+    for lengths in [[1], [7], [128], [1, 2, 15, 16, 17, 33, 100]]:
+        assert_same_embeddings(model, batch(lengths))
+    assert_same_embeddings(model, batch([3, 20], width=24, left=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden_act": "gelu_new"},
+        {"hidden_act": "relu"},
+        {"num_attention_heads": 1},
+        {"num_attention_heads": 32},  # heads of one column
+        {"hidden_size": 60, "num_attention_heads": 5, "intermediate_size": 100},  # no multiple of a vector
+        {"hidden_size": 192, "num_attention_heads": 1, "intermediate_size": 64},  # a wide head: fewer bits
+        {"layer_norm_eps": 1e-3},
+        {"num_hidden_layers": 1},
+        {"type_vocab_size": 1},
+    ],
+    ids=str,
+)
+def test_options_of_bert(options: dict[str, Any], tmp_path: Path):
+    assert_same_embeddings(make(tmp_path, "bert", **options), batch([1, 5, 31, 64]))
+
+
+@pytest.mark.parametrize(
+    "ternary",
+    [
+        TernaryConfig(group_size=16),
+        TernaryConfig(group_size="tensor"),
+        TernaryConfig(embedding_bits=8),
+        TernaryConfig(embedding_bits=2),
+        TernaryConfig(embedding_bits=4, embedding_group_size=8),
+        TernaryConfig(embedding_bits=None),
+    ],
+    ids=lambda c: f"{c.group_size}-{c.embedding_bits}-{c.embedding_group_size}",
+)
+def test_ternary_options(ternary: TernaryConfig, tmp_path: Path):
+    assert_same_embeddings(make(tmp_path, "bert", ternary), batch([1, 5, 31, 64]))
+
+
+def test_token_types(bert: Any):
+    inputs = batch([4, 9])
+    inputs["token_type_ids"] = (torch.arange(9) > 3).long().expand(2, 9)
+    assert_same_embeddings(bert, inputs)
+    assert not torch.equal(native(bert, inputs), native(bert, batch([4, 9])))
+
+
+def test_no_mask_and_a_boolean_mask(bert: Any):
+    inputs = batch([9])
+    whole = native(bert, inputs)
+    assert torch.equal(whole, native(bert, {"input_ids": inputs["input_ids"]}))
+    assert torch.equal(whole, native(bert, {**inputs, "attention_mask": inputs["attention_mask"].bool()}))
+
+
+def test_padding_gives_zeros(bert: Any):
+    inputs = batch([3, 9])
+    states = native(bert, inputs)
+    assert not states[0, 3:].any()
+    assert states[0, :3].any(-1).all()
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_same_bits_in_any_batch_with_any_padding_on_any_threads(model_type: str, tmp_path: Path):
+    model = make(tmp_path, model_type)
+    lengths = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 128] * 3
+    alone = {n: native(model, batch([n]))[0] for n in set(lengths)}
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            for size in (1, 2, 5, len(lengths)):
+                for first in range(0, len(lengths), size):
+                    part = lengths[first : first + size]
+                    states = native(model, batch(part, width=140))
+                    for row, n in enumerate(part):
+                        assert torch.equal(states[row, :n], alone[n]), (threads, size, n)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_concurrent_calls_give_the_same_bits(bert: Any):
+    inputs = [batch([n, 2 * n, 50]) for n in range(1, 9)]
+    expected = [native(bert, i) for i in inputs]
+    wrong = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            if not torch.equal(native(bert, inputs[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_works_in_a_forked_child(bert: Any):
+    bert.pooler = None  # torch's own Linear hangs in a child of a process that used its threads
+    inputs = batch([5, 60])
+    expected = native(bert, inputs)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's
+        signal.alarm(30)
+        try:
+            os._exit(0 if torch.equal(native(bert, inputs), expected) else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+# Fallbacks: the result is the module-wise one, bit for bit.
+
+
+def falls_back(model: Any, inputs: dict[str, Any]) -> Any:
+    with torch.inference_mode():
+        assert encoder._forward(model, inputs) is None
+        return model(**inputs)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_hidden_states_and_attentions_come_from_the_modules(asked: str, tmp_path: Path):
+    model = make(tmp_path)
+    model.set_attn_implementation("eager")
+    output = falls_back(model, {**batch([5]), asked: True})
+    assert getattr(output, asked.removeprefix("output_"))
+    assert_same_embeddings(model, batch([5]))  # and the native path is back
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda i: {**i, "position_ids": torch.arange(9).expand(2, 9)},
+        lambda i: {**i, "attention_mask": torch.ones(2, 1, 9, 9, dtype=torch.bool)},
+        lambda i: {**i, "attention_mask": i["attention_mask"].index_fill(1, torch.tensor([1]), 0)},  # a hole
+        lambda i: {**i, "attention_mask": i["attention_mask"].float()},
+        lambda i: {"attention_mask": i["attention_mask"], "inputs_embeds": torch.randn(2, 9, HIDDEN)},
+    ],
+    ids=["position_ids", "4-D mask", "hole", "float mask", "inputs_embeds"],
+)
+def test_unusual_inputs_fall_back(bert: Any, change: Any):
+    falls_back(bert, change(batch([4, 9])))
+
+
+def test_return_dict_false_falls_back(bert: Any):
+    assert isinstance(falls_back(bert, {**batch([4]), "return_dict": False}), tuple)
+
+
+def test_an_id_out_of_range_is_torchs_error(bert: Any):
+    with pytest.raises(IndexError), torch.inference_mode():
+        bert(torch.tensor([[VOCAB_SIZE]]))
+
+
+def test_gradients_come_from_the_modules(bert: Any):
+    bert(**batch([5])).last_hidden_state.sum().backward()
+    assert bert.embeddings.LayerNorm.weight.grad.abs().sum() > 0
+
+
+def test_training_mode_falls_back(bert: Any):
+    falls_back(bert.train(), batch([5]))
+
+
+def test_autocast_falls_back(bert: Any):
+    with torch.autocast("cpu"):
+        falls_back(bert, batch([5]))
+
+
+def test_other_dtypes_fall_back(bert: Any):
+    falls_back(bert.bfloat16(), batch([5]))
+    assert "bfloat16" in encoder.explain(bert)[""]
+
+
+def test_a_hook_on_a_submodule_runs(bert: Any):
+    native(bert, batch([5]))
+    seen = []
+    hook = bert.encoder.layer[0].register_forward_hook(lambda *_: seen.append(1))
+    falls_back(bert, batch([5]))
+    assert seen
+    hook.remove()
+    native(bert, batch([5]))
+
+
+def test_an_adapter_falls_back(bert: Any):
+    from peft import LoraConfig, get_peft_model
+
+    native(bert, batch([5]))
+    adapted = get_peft_model(bert, LoraConfig(target_modules=["query"], init_lora_weights=False)).eval()
+    falls_back(bert, batch([5]))
+    assert "peft" in next(iter(encoder.explain(adapted).values()))
+
+
+def test_a_changed_weight_is_noticed(bert: Any):
+    before = native(bert, batch([5]))
+    with torch.no_grad():
+        bert.encoder.layer[1].output.LayerNorm.bias.add_(1.0)
+    assert not torch.equal(native(bert, batch([5])), before)
+    assert_same_embeddings(bert, batch([5]))
+    bert.encoder.layer[0].output.dense = TernaryLinear.from_float(torch.nn.Linear(64, HIDDEN))
+    assert_same_embeddings(bert, batch([5]))
+
+
+def test_a_dequantized_model_falls_back(bert: Any):
+    falls_back(bert.dequantize(), batch([5]))
+
+
+def test_float_activations_fall_back(tmp_path: Path):
+    falls_back(make(tmp_path, "bert", TernaryConfig(activation=None)), batch([5]))
+
+
+def test_a_float_layer_falls_back(tmp_path: Path):
+    model = make(tmp_path, "bert", TernaryConfig(modules_to_not_convert=["pooler", "layer.0"]))
+    falls_back(model, batch([5]))
+    assert "not ternary" in encoder.explain(model)[""]
+
+
+def test_decoders_fall_back(tmp_path: Path):
+    falls_back(make(tmp_path, is_decoder=True), batch([5]))
+
+
+def test_an_activation_function_that_is_not_known_falls_back(tmp_path: Path):
+    model = make(tmp_path, hidden_act="silu")
+    falls_back(model, batch([5]))
+    assert "silu" in encoder.explain(model)[""]
+
+
+def test_torch_compile_falls_back(bert: Any):
+    inputs = batch([5])
+    with torch.no_grad():
+        compiled = torch.compile(bert, backend="eager")(**inputs).last_hidden_state
+    torch.testing.assert_close(compiled, module_wise(bert, inputs))
+
+
+# Saving and copying
+
+
+def test_saving_knows_nothing_of_the_native_class(bert: Any, tmp_path: Path):
+    from transformers import AutoModel
+
+    expected = native(bert, batch([5]))
+    bert.save_pretrained(tmp_path / "again")
+    assert '"BertModel"' in (tmp_path / "again" / "config.json").read_text()
+    again = AutoModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(native(again, batch([5])), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_native_and_independent(bert: Any, copied: Any):
+    expected = native(bert, batch([5]))
+    twin = copied(bert)
+    assert type(twin) is type(bert)
+    assert torch.equal(native(twin, batch([5])), expected)
+    with torch.no_grad():
+        twin.embeddings.LayerNorm.bias.add_(1.0)
+    assert torch.equal(native(bert, batch([5])), expected)
+    assert not torch.equal(native(twin, batch([5])), expected)
+
+
+def test_the_class_looks_like_its_parent(bert: Any):
+    import inspect
+
+    from transformers import BertModel
+
+    assert isinstance(bert, BertModel)
+    assert type(bert).__name__ == "BertModel"
+    assert inspect.signature(bert.forward) == inspect.signature(BertModel.forward.__get__(bert))
+
+
+def test_heads_use_the_native_encoder(tmp_path: Path):
+    from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+
+    BertForSequenceClassification(tiny_bert_config(num_labels=3)).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=TernaryConfig())
+    assert encoder.explain(model) == {"bert": "native"}
+    inputs = batch([3, 20])
+    with torch.inference_mode():
+        logits = model(**inputs).logits
+    torch.testing.assert_close(logits, model(**inputs).logits.detach(), atol=5e-3, rtol=0)
+
+
+def test_explain_names_what_is_missing(tmp_path: Path):
+    from transformers import BertModel, GPT2Config, GPT2Model
+
+    assert "holds no known encoder" in encoder.explain(GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2)))[""]
+    assert "not loaded as a packed model" in encoder.explain(BertModel(tiny_bert_config()))[""]

@@ -1,0 +1,175 @@
+"""The bare path: the same folder and the same embeddings as SentenceTransformer, with neither torch nor transformers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hf_ternary
+from hf_ternary.ops import backends
+
+from .conftest import SENTENCES
+
+pytestmark = pytest.mark.skipif(backends.choose().backend == "reference", reason="the C++ kernels are not built")
+
+TEXTS = [*SENTENCES, "a", "naïve café 😀 日本", "nul\0byte", "one\ntwo", "word " * 600]
+
+
+def save_ternary(source: Path, path: Path) -> Path:
+    from sentence_transformers import SentenceTransformer
+
+    options = {"quantization_config": hf_ternary.TernaryConfig()}
+    SentenceTransformer(str(source), device="cpu", model_kwargs=options).save_pretrained(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real MiniLM, ternarized."""
+    return save_ternary(minilm, tmp_path_factory.mktemp("minilm") / "ternary")
+
+
+@pytest.fixture
+def tiny(tiny_sentence_transformer: Path, tmp_path: Path) -> Path:
+    return save_ternary(tiny_sentence_transformer, tmp_path / "tiny")
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_same_embeddings_as_sentence_transformer(folder: Path):
+    from sentence_transformers import SentenceTransformer
+
+    ours, theirs = hf_ternary.load(folder).encode(TEXTS), SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    assert ours.shape == theirs.shape
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)  # torch sums and normalizes in another order
+
+
+def test_settings_of_sentence_transformers_count(tiny: Path):
+    from sentence_transformers import SentenceTransformer
+
+    edit(tiny / "1_Pooling" / "config.json", pooling_mode="cls")
+    edit(tiny / "sentence_bert_config.json", max_seq_length=12, do_lower_case=True)
+    edit(tiny / "config_sentence_transformers.json", prompts={"query": "find the "}, default_prompt_name="query")
+    ours, theirs = hf_ternary.load(tiny), SentenceTransformer(str(tiny), device="cpu")
+    np.testing.assert_allclose(ours.encode(TEXTS), theirs.encode(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(ours.encode("a DOG", prompt=""), theirs.encode("a DOG", prompt=""), atol=1e-6)
+    with pytest.raises(ValueError, match="prompt_name='document' is unknown"):
+        ours.encode("a dog", prompt_name="document")
+
+
+def test_same_bits_alone_in_any_batch_on_any_threads(folder: Path):
+    model = hf_ternary.load(folder, threads=1)
+    alone = np.stack([model.encode(text) for text in TEXTS])
+    for threads in (1, 2, 3):
+        model.threads = threads
+        assert np.array_equal(model.encode(TEXTS), alone)
+        assert np.array_equal(model.encode(TEXTS[::-1])[::-1], alone)
+
+
+def test_2000_texts(tiny: Path):
+    model = hf_ternary.load(tiny)
+    texts = [f"the cat {i} " + "ran " * (i % 50) for i in range(2000)]
+    embeddings = model.encode(texts)
+    assert np.isfinite(embeddings).all()
+    for i in (0, 511, 512, 1999):
+        assert np.array_equal(embeddings[i], model.encode(texts[i]))
+
+
+def test_no_texts(tiny: Path):
+    assert hf_ternary.load(tiny).encode([]).shape == (0, 32)
+
+
+def test_concurrent_calls(tiny: Path):
+    model = hf_ternary.load(tiny, threads=2)
+    expected = model.encode(TEXTS)
+    results: list[bool] = []
+    threads = [
+        threading.Thread(
+            target=lambda: results.append(all(np.array_equal(model.encode(TEXTS), expected) for _ in range(10)))
+        )
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 6
+
+
+def test_imports_neither_torch_nor_transformers(folder: Path):
+    code = (
+        "import sys, hf_ternary\n"
+        f"print(hf_ternary.load({str(folder)!r}).encode('a dog').shape,\n"
+        "      [m for m in ('torch', 'transformers', 'sentence_transformers', 'huggingface_hub') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "(384,) []", result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_stops_a_long_encode(folder: Path):
+    code = (
+        "import hf_ternary\n"
+        f"model = hf_ternary.load({str(folder)!r})\n"
+        "model.encode('a dog'); print('ready', flush=True)\n"
+        "model.encode(['the cat sat on the mat ' * 60] * 100000)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(3)  # tokens are being encoded by now
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    assert time.monotonic() - start < 5  # a second on an idle machine
+
+
+@pytest.mark.parametrize("texts", [None, 3, ["a", None]])
+def test_texts_that_are_no_strings(tiny: Path, texts: Any):
+    with pytest.raises((ValueError, TypeError)):
+        hf_ternary.load(tiny).encode(texts)
+
+
+def test_a_float_model_is_an_error_that_names_the_fix(tiny_sentence_transformer: Path):
+    with pytest.raises(ValueError, match="hf-ternary quantize"):
+        hf_ternary.load(tiny_sentence_transformer)
+
+
+def test_unsupported_models_are_errors(tiny: Path):
+    edit(tiny / "1_Pooling" / "config.json", pooling_mode="max")
+    with pytest.raises(ValueError, match="pools by 'max'.*use SentenceTransformer"):
+        hf_ternary.load(tiny)
+    edit(tiny / "1_Pooling" / "config.json", pooling_mode="mean")
+    edit(tiny / "config.json", model_type="gpt2")
+    with pytest.raises(ValueError, match="'gpt2' is not one of bert.*use SentenceTransformer"):
+        hf_ternary.load(tiny)
+    (tiny / "modules.json").unlink()
+    with pytest.raises(ValueError, match="no sentence-transformers modules"):
+        hf_ternary.load(tiny)
+
+
+@pytest.mark.parametrize("cut", [7, 1000, -100])
+def test_a_damaged_file_is_an_error(tiny: Path, cut: int):
+    weights = tiny / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:cut])
+    with pytest.raises(ValueError, match="damaged"):
+        hf_ternary.load(tiny)
+
+
+def test_too_small_a_vocabulary_is_an_error(tiny: Path, folder: Path):
+    shutil.copy(folder / "tokenizer.json", tiny)
+    with pytest.raises(ValueError, match="a token id outside the table"):
+        hf_ternary.load(tiny).encode("extraordinary")
