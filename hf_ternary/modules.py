@@ -248,9 +248,7 @@ class _TernaryProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         tokens, token_scale = quantize_activation(x.flatten(0, -2))
         codes = ternary_codes(weight, scale)
         ctx.save_for_backward(tokens, token_scale, codes, scale)
