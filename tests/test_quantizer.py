@@ -41,7 +41,9 @@ def ids():
 
 @torch.inference_mode()
 def encode(model):
-    return model(ids(), attention_mask=(ids() > 0).long()).last_hidden_state
+    """Hidden states of the tokens that count, [8, 32]; those of the padding mean nothing."""
+    mask = ids() > 0
+    return model(ids(), attention_mask=mask.long()).last_hidden_state[mask]
 
 
 def edit_config(folder, **options):
