@@ -205,7 +205,10 @@ def _read(folder: Path, prefix: str) -> dict[str, np.ndarray]:
                     array = file.get_tensor(name)
                     if name.endswith(".weight_scale") and not (np.isfinite(array).all() and (array >= 0).all()):
                         raise ValueError(f"{path}: {name} holds a NaN, an infinity or a negative value. {_RESAVE}")
-                    arrays[name.removeprefix(f"{prefix}.")] = array
+                    name = name.removeprefix(f"{prefix}.")
+                    # BERT's first names, in which transformers 5.0 still saves some models
+                    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+                    arrays[name] = array
         except (SafetensorError, TypeError, AttributeError) as error:  # the last two: bfloat16, which numpy has not
             raise ValueError(f"{path} cannot be read ({error}): damaged, or not saved in float32. {_RESAVE}") from error
     if not arrays:
