@@ -23,7 +23,7 @@ from .ops import backends
 _POOLINGS = {"mean": "mean", "cls": "first"}
 _RESAVE = "Fix: download it again or save the model again"
 # Texts that are tokenized at once, and tokens that one native call encodes: Ctrl-C waits for no more.
-_TEXTS, _TOKENS = 512, 4096
+_TEXTS, _TOKENS = 256, 4096
 
 
 def load(model: str | Path, revision: str | None = None, threads: int | None = None) -> "Encoder":
