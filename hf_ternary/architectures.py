@@ -285,6 +285,9 @@ def _check(config: Mapping[str, Any], architecture: Architecture, hidden: int, h
         raise UnsupportedError(f"position_embedding_type is {kind!r}, not 'absolute'")
     if hidden % heads or hidden // heads > WIDEST_HEAD:
         raise UnsupportedError(f"{heads} heads do not divide {hidden} columns into heads of at most {WIDEST_HEAD}")
+    epsilon = architecture.get(config, "layer_norm_eps")
+    if epsilon is not None and not 0 <= epsilon < 1:
+        raise ValueError(f"layer_norm_eps={epsilon} in config.json is not allowed: use a number from 0 to 1, often 1e-12")
     if (config.get("quantization_config") or {}).get("activation") != "int8":
         raise UnsupportedError("its activations are not quantized to int8")
 
