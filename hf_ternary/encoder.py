@@ -221,7 +221,9 @@ def _hooked(modules: list[nn.Module]) -> bool:
     next(inner)  # the encoder's own hooks run around its forward
     for m in inner:
         own = m.__dict__.get("forward")  # older transformers put a module's own forward there when they have borrowed it
-        if m._forward_pre_hooks or (own is not None and getattr(own, "__func__", None) is not type(m).forward):
+        # The quantizer's own hook only warns.
+        hooks = {getattr(h, "__module__", "") for h in m._forward_pre_hooks.values()} - {"hf_ternary.quantizer"}
+        if hooks or (own is not None and getattr(own, "__func__", None) is not type(m).forward):
             return True
         # transformers leaves its own behind, which do nothing unless hidden states or attentions are asked for.
         if m._forward_hooks and not all(h.__module__.startswith("transformers.") for h in m._forward_hooks.values()):

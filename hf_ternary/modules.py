@@ -121,6 +121,10 @@ class TernaryLinear(_Packed, nn.Linear):
             linear.bias = nn.Parameter(self.bias.detach().to(dtype))
         return linear
 
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802 - HQQ's name, by which PEFT knows a layer to ask for ``dequantize()`` (DoRA)
+        return self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` of any float dtype -> ``[..., out_features]`` of the same dtype."""
         return ops.linear(x, self.weight, self.weight_scale, self.bias, self.activation)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from . import convert, encoder, packing
 from .config import QUANT_METHOD, TernaryConfig
@@ -25,6 +26,8 @@ from .modules import QuantizedEmbedding, TernaryLinear
 
 if TYPE_CHECKING:  # autoload imports this file while transformers.modeling_utils is still being imported
     from transformers import PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 # One entry of a safetensors header: (dtype, shape).
 Entry = tuple[str, tuple[int, ...]]
@@ -75,6 +78,7 @@ class TernaryHfQuantizer(HfQuantizer):
         if self.pre_quantized and self.quantization_config.dequantize:
             return self._dequantize(model)
         encoder.bind(model)
+        model.register_forward_pre_hook(_warn_of_training)
         model.add_model_tags(["ternary", "1.58-bit"])  # for the card that transformers' own push_to_hub writes
         return model
 
@@ -185,6 +189,19 @@ def _check_loaded(name: str, module: TernaryLinear | QuantizedEmbedding) -> None
         raise ValueError(f"{name}.weight holds the code 0, which is no ternary value (1, 2, 3 are -1, 0, +1). {_RESAVE}")
     if isinstance(module, TernaryLinear) and module.bias is not None:
         module.bias.requires_grad_(False)  # loading made it trainable
+
+
+def _warn_of_training(model: PreTrainedModel, inputs: Any) -> None:
+    """Forward pre-hook: say once what training without adapters changes; sentence-transformers' trainer does not."""
+    if not (model.training and torch.is_grad_enabled()) or hasattr(model, "peft_config") or torch.compiler.is_compiling():
+        return
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    packed = sum(isinstance(module, convert.PACKED) for module in model.modules())
+    if trained and packed:
+        logger.warning_once(
+            f"{type(model).__name__} is packed: training changes its {len(trained)} float parameters ({trained[0]}, ...), "
+            f"never its {packed} packed layers. Fix: add a LoRA adapter, or distil from float weights to train all of it"
+        )
 
 
 def _describe(entry: Entry | None) -> str:
