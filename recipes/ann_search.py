@@ -1,0 +1,377 @@
+"""Nearest-neighbour search with faiss: a teacher and its ternary student on the same corpus, in one run.
+
+    python recipes/ann_search.py TEACHER STUDENT CORPUS --output recipes/results/ann-scifact.json --plot ann.png
+
+CORPUS is a folder in BEIR's layout or an MTEB retrieval task (labels: nDCG and precision), or any texts that `distill.py`
+reads: a file, a folder, a `datasets` id (no labels: some of its texts become the queries). Recall is against exact search of
+the same model. Queries are embedded and searched one at a time. One thread is timed by its CPU time, in which other programs
+do not count; several threads by the clock on the wall.
+"""
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import faiss
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from pytrec_eval import RelevanceEvaluator
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sentence_transformers import SentenceTransformer
+
+from hf_ternary.distill.data import read_texts
+from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
+from hf_ternary.evaluation.tasks import SEED, local_tasks, mteb_tasks
+
+K = 10
+ROUNDS = 3  # of all queries; the fastest counts
+
+# faiss.index_factory strings. {lists}: see _factory(); {half}: half the embedding's width. The vectors have length 1, so L2
+# ranks as the cosine does. LSH without rotation keeps the sign of every dimension: binary embeddings.
+INDEXES = (
+    "Flat",
+    "SQ8",
+    "PQ{half}x4fs",
+    "IVF{lists},Flat",
+    "HNSW32,Flat",
+    "LSH",
+    "LSH,Refine(SQ8)",
+    "LSH,Refine(PQ{half}x4np)",
+    "RaBitQ2",
+)
+# What is varied at search time where the string has this part.
+SWEEPS = {"IVF": ("nprobe", (1, 4, 16, 64)), "HNSW": ("efSearch", (16, 64, 256)), "Refine": ("k_factor_rf", (4, 16, 64))}
+
+Vectors = NDArray[np.float32]  # [texts, dimensions]
+Neighbours = NDArray[np.int64]  # [queries, 10], rows of the corpus
+Clock = Callable[[], float]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass
+class Collection:
+    """Texts to search in, texts to search for, and, where there are labels, {query id: {document id: grade}}."""
+
+    name: str
+    documents: dict[str, str]
+    queries: dict[str, str]
+    relevant: dict[str, dict[str, int]] | None = None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of ids and texts."""
+        return hashlib.sha256(json.dumps([self.documents, self.queries]).encode()).hexdigest()
+
+
+@app.command(help=(__doc__ or "").split("\n\n")[0])
+def main(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder of a SentenceTransformer")],
+    student: Annotated[str, typer.Argument(help="Hub id or folder of its ternary student")],
+    corpus: Annotated[str, typer.Argument(help="BEIR folder, MTEB task, file or folder of texts, or datasets id")],
+    split: Annotated[str | None, typer.Option(help="split of the labels (default: test, else dev)")] = None,
+    queries: Annotated[int, typer.Option(min=1, help="texts to draw as queries from a corpus without labels")] = 1000,
+    documents: Annotated[int | None, typer.Option(min=K, help="texts to draw as the corpus (default: all others)")] = None,
+    index: Annotated[list[str] | None, typer.Option(help="faiss.index_factory string; repeatable")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="of torch and faiss")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="documents a forward pass")] = 64,
+    cache: Annotated[Path | None, typer.Option(help="folder that keeps the corpus' embeddings and what they cost")] = None,
+    output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
+    plot: Annotated[Path | None, typer.Option(help="picture to draw: quality against queries a second")] = None,
+    seed: Annotated[int, typer.Option(help="of the draw of queries and documents")] = SEED,
+) -> None:
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    try:
+        collection = read_collection(corpus, split, queries, documents, seed)
+        report = {
+            "corpus": collection.name,
+            "sha256": collection.fingerprint(),
+            "documents": len(collection.documents),
+            "queries": len(collection.queries),
+            "batch_size": batch_size,
+            "clock": "CPU time" if threads == 1 else "wall time",
+            "models": [measure(m, collection, index or INDEXES, batch_size, cache, clock) for m in (teacher, student)],
+            **provenance(seed, (*PACKAGES, "faiss-cpu", "pytrec-eval-terrier")),
+            "load": _load(),
+        }
+        Console(width=120).print(table(report))
+        if output:
+            write_json(output, report)
+        if plot:
+            draw(report, plot)
+    except (ValueError, ImportError, OSError) as error:
+        typer.echo("error: " + " ".join(str(error).split()), err=True)
+        raise typer.Exit(2) from None
+
+
+def read_collection(corpus: str, split: str | None, queries: int, documents: int | None, seed: int) -> Collection:
+    """The texts, and the labels where CORPUS has some.
+
+    Raises:
+        ValueError: no such corpus, a task without retrieval's labels, or too few texts.
+    """
+    path = Path(corpus)
+    is_task = any((path / f"corpus.jsonl{end}").exists() for end in ("", ".gz"))
+    if not is_task and (path.exists() or "/" in corpus or path.suffix):
+        return _draw_collection(path.name.partition(".")[0], read_texts(corpus), queries, documents, seed)
+    (task,) = local_tasks(corpus, split=split) if is_task else mteb_tasks([corpus])
+    if task.metadata.type != "Retrieval":
+        raise ValueError(f"{corpus} is a {task.metadata.type} task; searching needs a Retrieval one")
+    if not is_task:
+        task.load_data()
+    data: Any = task.dataset["default"][split or task.metadata.eval_splits[0]]
+    texts = {row["id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in data["corpus"]}
+    asked = {row["id"]: row["text"] for row in data["queries"] if row["id"] in data["relevant_docs"]}
+    return Collection(task.metadata.name, texts, asked, {query: dict(data["relevant_docs"][query]) for query in asked})
+
+
+def _draw_collection(name: str, texts: Sequence[str], queries: int, documents: int | None, seed: int) -> Collection:
+    wanted = queries + (documents or K)
+    if len(texts) < wanted:
+        raise ValueError(f"{name} holds {len(texts)} texts, but {wanted} are asked for; lower --queries or --documents")
+    end = len(texts) if documents is None else wanted
+    order = np.random.default_rng(seed).permutation(len(texts))[:end]
+    drawn = {str(i): texts[i] for i in order}
+    ids = list(drawn)
+    return Collection(name, {i: drawn[i] for i in ids[queries:]}, {i: drawn[i] for i in ids[:queries]})
+
+
+def measure(
+    name: str,
+    collection: Collection,
+    indexes: Iterable[str],
+    batch_size: int,
+    cache: Path | None,
+    clock: Clock,
+) -> dict[str, Any]:
+    """Everything about one model: its size, what embedding costs, and a record for every index and setting."""
+    model, stored = SentenceTransformer(name, device="cpu"), weights(name)
+    if not stored:
+        raise ValueError(f"{name} has no safetensors file to weigh; save it with save_pretrained")
+    vectors, encode = embed_corpus(model, stored, collection, batch_size, cache, clock)
+    asked, query_ms = embed_queries(model, list(collection.queries.values()), clock)
+    exact = _exact(vectors, asked)
+    points = []
+    for factory in track([_factory(i, vectors) for i in indexes], f"Searching {Path(name).name}"):
+        try:
+            points += _measure_index(factory, vectors, asked, exact, collection, clock)
+        except RuntimeError as error:  # how faiss reports what it cannot do
+            raise ValueError(f"faiss cannot build index {factory!r} on {len(vectors)} vectors: {error}") from error
+    for point in points:
+        point |= {"total_ms": query_ms + point["search_ms"], "total_bytes": stored["bytes"] + point["index_bytes"]}
+    return {
+        "model": Path(name).absolute().name if Path(name).is_dir() else name,
+        "weights": stored,
+        "dimensions": vectors.shape[1],
+        "encode": encode,
+        "query_ms": query_ms,
+        "indexes": points,
+    }
+
+
+def embed_corpus(
+    model: SentenceTransformer,
+    stored: dict[str, Any],
+    collection: Collection,
+    batch_size: int,
+    cache: Path | None,
+    clock: Clock,
+) -> tuple[Vectors, dict[str, Any]]:
+    """Embeddings of length 1 [documents, dimensions] and what they cost, from the cache where it has them."""
+    key = hashlib.sha256(f"{stored['sha256']} {model.max_seq_length} {collection.fingerprint()}".encode()).hexdigest()[:16]
+    kept = cache and cache / f"{collection.name}-{key}.npz"
+    if kept and kept.exists():
+        with np.load(kept) as file:
+            return file["vectors"], json.loads(str(file["cost"]))
+    start = clock()
+    vectors = model.encode_document(
+        list(collection.documents.values()), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=True
+    )
+    seconds = clock() - start
+    cost = {
+        "seconds": seconds,
+        "texts_per_second": len(vectors) / seconds,
+        "threads": torch.get_num_threads(),
+        "load": _load(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    _check_finite(vectors)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(".partial.npz")
+        np.savez(partial, vectors=vectors, cost=json.dumps(cost))
+        partial.replace(kept)
+    return vectors, cost
+
+
+def embed_queries(model: SentenceTransformer, texts: list[str], clock: Clock) -> tuple[Vectors, float]:
+    """Embeddings of length 1 [queries, dimensions], made one at a time, and the median milliseconds of one."""
+    encode: Any = model.encode_query
+    vectors, seconds = [], []
+    for number, text in enumerate(track([texts[0], *texts], "Embedding queries")):
+        start = clock()
+        vector = encode(text, normalize_embeddings=True, show_progress_bar=False)
+        if number:  # the first one pays for what is made at first use
+            seconds.append(clock() - start)
+            vectors.append(vector)
+    asked = np.stack(vectors)
+    _check_finite(asked)
+    return asked, 1e3 * statistics.median(seconds)
+
+
+def _check_finite(vectors: Vectors) -> None:
+    if not np.isfinite(vectors).all():
+        raise ValueError("the model gives NaN or infinity for some text; no neighbour can be found for it")
+
+
+def _exact(vectors: Vectors, asked: Vectors) -> Neighbours:
+    index = faiss.IndexFlatL2(vectors.shape[1])
+    index.add(vectors)
+    return index.search(asked, K)[1]
+
+
+def _factory(template: str, vectors: Vectors) -> str:
+    """faiss' advice for IVF, 4 sqrt(n) lists, but never fewer than 39 vectors a list to train on; a power of two."""
+    lists = 2 ** int(math.log2(max(1, min(4 * math.sqrt(len(vectors)), len(vectors) / 39))))
+    return template.format(lists=lists, half=vectors.shape[1] // 2)
+
+
+def _settings(factory: str) -> list[str]:
+    """Every combination of what can be varied at search time, in the form of faiss.ParameterSpace; [""] if nothing can."""
+    sweeps = [[f"{name}={value}" for value in values] for part, (name, values) in SWEEPS.items() if part in factory]
+    return [",".join(chosen) for chosen in product(*sweeps)]
+
+
+def _measure_index(
+    factory: str,
+    vectors: Vectors,
+    asked: Vectors,
+    exact: Neighbours,
+    collection: Collection,
+    clock: Clock,
+) -> list[dict[str, Any]]:
+    """Build one index; search with every setting."""
+    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_L2)
+    start = clock()
+    index.train(vectors)
+    index.add(vectors)
+    build = clock() - start
+    size = len(faiss.serialize_index(index))
+    points = []
+    for setting in _settings(factory):
+        faiss.ParameterSpace().set_index_parameters(index, setting)
+        found, seconds = _search(index, asked, clock)
+        points.append(
+            {
+                "index": factory,
+                "setting": setting,
+                "recall_at_10": float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, exact, strict=True)])),
+                **_quality(found, collection),
+                "build_seconds": build,
+                "search_ms": 1e3 * seconds,
+                "queries_per_second": 1 / seconds,
+                "index_bytes": size,
+            }
+        )
+    return points
+
+
+def _search(index: Any, asked: Vectors, clock: Clock) -> tuple[Neighbours, float]:
+    """Neighbours [queries, 10] of every query, searched one at a time, and the seconds of one."""
+    rounds = []
+    for _ in range(ROUNDS):
+        start = clock()
+        found = np.concatenate([index.search(asked[i : i + 1], K)[1] for i in range(len(asked))])
+        rounds.append(clock() - start)
+    return found, min(rounds) / len(asked)
+
+
+def _quality(found: Neighbours, collection: Collection) -> dict[str, float]:
+    """nDCG@10 and precision@10 as trec_eval computes them; nothing where there are no labels."""
+    if collection.relevant is None:
+        return {}
+    ids = list(collection.documents)
+    run = {
+        query: {ids[row]: float(-rank) for rank, row in enumerate(rows) if row >= 0}
+        for query, rows in zip(collection.queries, found, strict=True)
+    }
+    scores = RelevanceEvaluator(collection.relevant, {f"ndcg_cut.{K}", f"P.{K}"}).evaluate(run).values()
+    # A query for which nothing was found is not in the scores, and counts as 0.
+    return {
+        "ndcg_at_10": sum(s[f"ndcg_cut_{K}"] for s in scores) / len(run),
+        "precision_at_10": sum(s[f"P_{K}"] for s in scores) / len(run),
+    }
+
+
+def _load() -> float:
+    """Programs that ran or waited in the last minute: 1 means that this one had the machine for itself."""
+    return round(os.getloadavg()[0], 2)
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Every index of both models."""
+    labelled = "ndcg_at_10" in report["models"][0]["indexes"][0]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "recall@10": lambda p: f"{p['recall_at_10']:.3f}",
+        **({"nDCG@10": lambda p: f"{100 * p['ndcg_at_10']:.2f}"} if labelled else {}),
+        **({"P@10": lambda p: f"{100 * p['precision_at_10']:.2f}"} if labelled else {}),
+        "build s": lambda p: f"{p['build_seconds']:.2f}",
+        "search ms": lambda p: f"{p['search_ms']:.3f}",
+        "with query ms": lambda p: f"{p['total_ms']:.2f}",
+        "index MB": lambda p: f"{p['index_bytes'] / 1e6:.2f}",
+        "with model MB": lambda p: f"{p['total_bytes'] / 1e6:.1f}",
+    }
+    shown = Table(title=f"{report['corpus']}: {report['documents']:,} documents, {report['queries']:,} queries")
+    shown.add_column("index")
+    for column in columns:
+        shown.add_column(column, justify="right")
+    for model in report["models"]:
+        encode = model["encode"]
+        shown.add_section()
+        shown.add_row(
+            f"[bold]{model['model']}[/], {encode['texts_per_second']:.0f} texts/s, query {model['query_ms']:.2f} ms"
+        )
+        for point in model["indexes"]:
+            shown.add_row(f"{point['index']} {point['setting']}", *(show(point) for show in columns.values()))
+    return shown
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Recall against searches a second, and quality against whole queries a second (embed, then search)."""
+    from matplotlib import pyplot as plt
+
+    quality = "ndcg_at_10" if "ndcg_at_10" in report["models"][0]["indexes"][0] else "recall_at_10"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for model, line in zip(report["models"], ("--", "-"), strict=True):
+        factories = dict.fromkeys(point["index"] for point in model["indexes"])
+        for colour, factory in enumerate(factories):
+            points = [point for point in model["indexes"] if point["index"] == factory]
+            style: dict[str, Any] = {"color": f"C{colour}", "linestyle": line, "marker": "o" if line == "-" else "x"}
+            speed = [point["queries_per_second"] for point in points]
+            left.plot(speed, [p["recall_at_10"] for p in points], label=f"{model['model']} {factory}", **style)
+            right.plot([1e3 / p["total_ms"] for p in points], [p[quality] for p in points], **style)
+    left.set(xscale="log", xlabel="searches a second", ylabel="recall@10 against exact search of the same model")
+    right.set(xscale="log", xlabel="queries a second, embedding included", ylabel=quality.replace("_at_", "@"))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
+    figure.suptitle(f"{report['corpus']}: {report['documents']:,} documents, {report['threads']} thread(s)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    app()
