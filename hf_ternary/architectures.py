@@ -458,7 +458,7 @@ def _check(config: Mapping[str, Any], architecture: Architecture, hidden: int, h
 
 def _rotations(theta: float, positions: int, width: int) -> np.ndarray:
     """RoPE's cosines and sines of every position, float32 ``[positions, width]``, rounded where transformers rounds."""
-    frequencies = (theta ** -(np.arange(0, width, 2) / width)).astype(np.float32)
+    frequencies = 1 / (theta ** (np.arange(0, width, 2) / width)).astype(np.float32)
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
