@@ -47,6 +47,12 @@ format: $(VENV)/dev  ## Apply ruff's fixes and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+fuzz: $(VENV)/dev  ## Damage model folders until one is fatal; Ctrl-C ends it
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz --timeout=0
+
+sanitize: $(VENV)/dev  ## Check the C++ code for errors of memory, undefined behaviour and data races (minutes)
+	HF_TERNARY_SANITIZE=1 $(BIN)/pytest tests/ops/test_csrc.py
+
 test-oldest:  ## Run the plugin's tests on the oldest supported transformers, and on 5.17 with sentence-transformers 6.0.1
 	$(call install,.venv-5.0,--editable '.[hf]' transformers==5.0.0 sentence-transformers==5.2.3 pytest pytest-timeout)
 	.venv-5.0/bin/python -c 'import hf_ternary._native'
@@ -61,4 +67,4 @@ neon-tools:  ## Install what the NEON kernel's tests need on x86 (Debian: a cros
 clean:  ## Remove environments and build output
 	rm -rf .venv .venv-5.0 .venv-5.17 build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: help install demo test lint format test-oldest neon-tools clean
+.PHONY: help install demo test lint format fuzz sanitize test-oldest neon-tools clean

@@ -13,6 +13,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config import TernaryConfig
+    from .encoder import explain
     from .hub import push_to_hub, save_pretrained
     from .modules import QuantizedEmbedding, TernaryLinear
     from .ops.backends import capabilities
@@ -24,6 +25,7 @@ __all__ = [
     "TernaryLinear",
     "__version__",
     "capabilities",
+    "explain",
     "load",
     "push_to_hub",
     "save_pretrained",
@@ -34,6 +36,7 @@ _HOME = {
     "TernaryLinear": ".modules",
     "QuantizedEmbedding": ".modules",
     "capabilities": ".ops.backends",
+    "explain": ".encoder",
     "load": ".serving",
     "push_to_hub": ".hub",
     "save_pretrained": ".hub",

@@ -29,7 +29,7 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 WIDEST_HEAD = 1024
-UNLIMITED = 2**40  # tokens
+LONGEST, UNLIMITED = 2**17, 2**40  # tokens: of a table of rotations, and of anything
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -46,7 +46,7 @@ class Architecture:
     Attributes:
         layer: pattern of a layer's name.
         qkv, out, up, down: linear modules of a layer; several stand for one with all their outputs.
-        norms: of a layer, in the order of its forward: after the two residual sums or, with ``pre_norm``, before the products.
+        norms: of a layer, in the order of its forward: after both residual sums or, with ``pre_norm``, before both blocks.
         pre_norm: norms leave the residual stream alone.
         final_norm: after the last layer of a pre-norm encoder.
         first_norm: whether a pre-norm encoder's first layer has its first norm.
@@ -371,7 +371,7 @@ class NativeEncoder:
     def _positions(self, architecture: Architecture, config: Mapping[str, Any]) -> int:
         """Tokens of the longest sequence."""
         if architecture.rotary:
-            return int(architecture.get(config, "max_position_embeddings"))
+            return min(int(architecture.get(config, "max_position_embeddings")), LONGEST)
         if architecture.positions is None:
             return UNLIMITED
         return len(self._arrays.get(f"{architecture.positions}.weight", ()))
@@ -386,7 +386,9 @@ class NativeEncoder:
         for kind in set(kinds):
             how = rope.get(kind) or {}
             if kind not in window or how.get("rope_type") != "default" or width % 2:
-                raise UnsupportedError(f"its {kind} rotates {width} columns by {how}, not an even number by the default rule")
+                raise UnsupportedError(
+                    f"its {kind} rotates {width} columns by {how}, not an even number by the default rule"
+                )
             tables[kind] = _rotations(float(how["rope_theta"]), self.positions, width)
         if len(kinds) != layers:
             raise UnsupportedError(f"its config has layer_types for {len(kinds)} of {layers} layers")
@@ -432,7 +434,7 @@ class NativeEncoder:
         return weight, self._array(f"{name}.bias", shape=shape).ctypes.data if self._norm_bias else 0
 
     def _bias(self, name: str | None) -> int:
-        """T5's relative-position biases as MPNet uses them, by distance: address of float32 ``[heads, 2 * positions + 1]``."""
+        """T5's relative-position biases as MPNet uses them, by distance: address of ``[heads, 2 * positions + 1]``."""
         if name is None:
             return 0
         table, reach = self._array(f"{name}.weight"), self.positions
@@ -452,6 +454,11 @@ def _check(config: Mapping[str, Any], architecture: Architecture, hidden: int, h
         raise UnsupportedError(f"position_embedding_type is {kind!r}, not 'absolute'")
     if hidden % heads or hidden // heads > WIDEST_HEAD:
         raise UnsupportedError(f"{heads} heads do not divide {hidden} columns into heads of at most {WIDEST_HEAD}")
+    epsilon = architecture.get(config, architecture.epsilon)
+    if not 0 <= epsilon < 1:
+        raise ValueError(
+            f"{architecture.epsilon}={epsilon} in config.json is not allowed: use a number from 0 to 1, often 1e-12"
+        )
     if (config.get("quantization_config") or {}).get("activation") != "int8":
         raise UnsupportedError("its activations are not quantized to int8")
 

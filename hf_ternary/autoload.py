@@ -4,22 +4,19 @@
 a packed model loads without an ``import hf_ternary`` anywhere. Nothing heavy is imported here.
 """
 
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _TARGET = "transformers.quantizers.auto"
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Waits for one import of ``transformers.quantizers.auto`` and registers right after it."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _TARGET:
             return None
         sys.meta_path.remove(self)

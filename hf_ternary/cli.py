@@ -115,11 +115,13 @@ def quantize(
 def info(model: Model) -> None:
     """Show what a ternary model consists of and what runs it here."""
     with err.status(f"Reading {model}"):
+        from .encoder import explain
         from .info import read_info
         from .ops.backends import capabilities
 
         content = read_info(_files(model, ["*.json", "*.safetensors"]))
         machine = capabilities()
+        paths = explain(_load(model, device="cpu"))
     kernel = {"linear": machine["backend"], "embedding": "torch"}
     table = Table(box=SIMPLE_HEAD, show_footer=True)
     table.add_column("layer", "total", overflow="fold")
@@ -138,6 +140,8 @@ def info(model: Model) -> None:
     _say(", ".join(f"{key} {value}" for key, value in options.items()))
     _say(_size(content))
     _say(f"kernel {machine['backend']}: {machine['reason']}; usable here: {', '.join(machine['usable'])}")
+    for name, path in paths.items():
+        _say(f"encoder {name}{': ' if name else ''}{path}")
 
 
 @app.command(

@@ -2,7 +2,8 @@
 
 How: when a model is loaded, the base model inside it (``BertModel``, ...) gets a subclass of its own class whose ``forward``
 asks the native encoder, and its parent class whenever the native one may not serve: gradients, hidden states, attentions,
-adapters, hooks, another device or dtype, a mask with holes. The C++ side is made at the first call, again after a weight was
+adapters, hooks, another device or dtype, a mask with holes. Images are embedded by torch, and the native encoder takes over
+from there. The C++ side is made at the first call, again after a weight was
 changed, and belongs to no module: it is neither saved, copied nor pickled.
 Why a subclass and not a replaced method: transformers' classes stay as they are, ``super().forward`` is the fallback, and
 everything that looks at the class's name (saving, pipelines, conversion) sees the one it knows.
@@ -12,7 +13,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ from .architectures import ARCHITECTURES, NativeEncoder, find_layout
 from .modules import QuantizedEmbedding, TernaryLinear
 from .ops import backends
 
-# Arguments of forward that the native encoder reads, beside those of a vision encoder's embeddings; any other must be None or
-# False.
+# Arguments of forward that the native path reads; any other must be None or False. Of images, also those of the embeddings.
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "return_dict", "use_cache"}
-_VISION_INPUTS = {"return_dict"}
+_IMAGE_INPUTS = {"pixel_values", "return_dict"}
 
 
 def bind(model: nn.Module) -> None:
@@ -106,27 +106,27 @@ def _forward(module: Any, inputs: dict[str, Any]) -> Any:
     if native is None:
         return None
     ids, types, mask = (inputs.get(name) for name in ("input_ids", "token_type_ids", "attention_mask"))
-    states = _embed(module, inputs) if ids is None else None
+    states: Any = _embed(module, inputs) if ids is None else None
     mask = None if mask is None else mask.long()
     given = [None if t is None else t.contiguous() for t in (ids, types, states, mask)]
-    rows, columns = (ids if states is None else states).shape[:2]
+    rows, columns = (states if ids is None else ids).shape[:2]
     y = torch.empty((rows, columns, native.hidden), dtype=torch.float32)
-    addresses = [0 if t is None else t.data_ptr() for t in given]
-    if not native.hidden_states(*addresses, rows, columns, y.data_ptr(), torch.get_num_threads()):
+    at_ids, at_types, at_states, at_mask = (0 if t is None else t.data_ptr() for t in given)
+    at_y, threads = y.data_ptr(), torch.get_num_threads()
+    if not native.hidden_states(at_ids, at_types, at_states, at_mask, rows, columns, at_y, threads):
         return None
     return _output(module, y, ids)
 
 
 def _embed(module: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """What the first layer of a vision encoder reads, float32 ``[images, tokens, hidden]``."""
-    names = _arguments(type(module.embeddings))
+    names = _arguments(type(module.embeddings).forward)
     return module.embeddings(**{name: value for name, value in inputs.items() if name in names})
 
 
 @functools.cache
-def _arguments(cls: Any) -> frozenset[str]:
-    """Arguments of a module's forward."""
-    return frozenset(inspect.signature(cls.forward).parameters)
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def _may_serve(module: Any, inputs: dict[str, Any]) -> bool:
@@ -135,7 +135,7 @@ def _may_serve(module: Any, inputs: dict[str, Any]) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return False
     vision = ARCHITECTURES[module.hf_ternary_base.__name__][0].tokens is None
-    known = _VISION_INPUTS | _arguments(type(module.embeddings)) if vision else _INPUTS
+    known = _IMAGE_INPUTS | _arguments(type(module.embeddings).forward) if vision else _INPUTS
     for name, value in inputs.items():
         if value is not None and value is not False and name not in known:
             return False
@@ -146,7 +146,8 @@ def _may_serve(module: Any, inputs: dict[str, Any]) -> bool:
         return False
     if vision:
         return _is_plain(inputs.get("pixel_values"), torch.float32, 4)
-    ids, types, mask = (inputs.get(name) for name in ("input_ids", "token_type_ids", "attention_mask"))
+    ids: Any = inputs.get("input_ids")
+    types, mask = inputs.get("token_type_ids"), inputs.get("attention_mask")
     if not _is_plain(ids, torch.int64, 2):
         return False
     if types is not None and not (_is_plain(types, torch.int64, 2) and types.shape == ids.shape):
@@ -165,7 +166,7 @@ def _is_plain(tensor: Any, dtype: torch.dtype, dimensions: int) -> bool:
 
 
 def _eos(module: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The column at which CLIP pools a text, int64 ``[rows, 1]``: the first end of text, which in old models has the last id."""
+    """Where CLIP pools a text, int64 column ``[rows, 1]``: the first end of text, which has the largest id in old models."""
     ends = ids if module.eos_token_id == 2 else (ids == module.eos_token_id).int()
     return ends.argmax(dim=-1, keepdim=True)
 
@@ -174,6 +175,7 @@ def _output(module: Any, hidden_states: torch.Tensor, ids: torch.Tensor | None) 
     from transformers import modeling_outputs as outputs
 
     kind: Any = outputs.BaseModelOutputWithPooling
+    pooled: torch.Tensor | None
     match module.hf_ternary_base.__name__:
         case "DistilBertModel" | "ModernBertModel":
             return outputs.BaseModelOutput(last_hidden_state=hidden_states)

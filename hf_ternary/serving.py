@@ -23,7 +23,7 @@ from .ops import backends
 _POOLINGS = {"mean": "mean", "cls": "first"}
 _RESAVE = "Fix: download it again or save the model again"
 # Texts that are tokenized at once, and tokens that one native call encodes: Ctrl-C waits for no more.
-_TEXTS, _TOKENS = 512, 4096
+_TEXTS, _TOKENS = 256, 4096
 
 
 def load(model: str | Path, revision: str | None = None, threads: int | None = None) -> "Encoder":
@@ -91,7 +91,7 @@ class Encoder:
             float32 ``[dimension]`` for one text, ``[len(texts), dimension]`` for several.
 
         Raises:
-            ValueError: a text is no string, or an unknown ``prompt_name``.
+            ValueError: a text is no string, an unknown ``prompt_name``, or an embedding is not finite (damaged model).
         """
         many = [texts] if isinstance(texts, str) else list(texts)
         wrong = next((text for text in many if not isinstance(text, str)), None)
@@ -107,6 +107,8 @@ class Encoder:
             normalized = self._normalize if normalize is None else normalize
             y[done : done + count] = self._native.embeddings(ids, offsets, self._pooling, normalized, self.threads)
             done += count
+        if not np.isfinite(y).all():
+            raise ValueError(f"an embedding is not finite: the model holds numbers that are too large. {_RESAVE}")
         return y[0] if isinstance(texts, str) else y
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
@@ -203,8 +205,10 @@ def _read(folder: Path, prefix: str) -> dict[str, np.ndarray]:
             with safe_open(path, "numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     array = file.get_tensor(name)
-                    if name.endswith(".weight_scale") and not (np.isfinite(array).all() and (array >= 0).all()):
-                        raise ValueError(f"{path}: {name} holds a NaN, an infinity or a negative value. {_RESAVE}")
+                    if array.dtype == np.float32 and not np.isfinite(array).all():
+                        raise ValueError(f"{path}: {name} holds a NaN or an infinity. {_RESAVE}")
+                    if name.endswith(".weight_scale") and (array < 0).any():
+                        raise ValueError(f"{path}: {name} holds a negative value. {_RESAVE}")
                     name = name.removeprefix(f"{prefix}.")
                     # BERT's first names, in which transformers 5.0 still saves some models
                     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -91,7 +91,9 @@ def save_sentence_transformer(base: Path, path: Path) -> Path:
     except ImportError:  # before sentence-transformers 6
         from sentence_transformers.models import Normalize, Pooling, Transformer
 
-    model = SentenceTransformer(modules=[Transformer(str(base)), Pooling(32, pooling_mode="mean"), Normalize()], device="cpu")
+    model = SentenceTransformer(
+        modules=[Transformer(str(base)), Pooling(32, pooling_mode="mean"), Normalize()], device="cpu"
+    )
     model.save_pretrained(str(path))
     return path
 

@@ -146,6 +146,8 @@ def test_info_lists_every_layer(packed: Path, run: Run) -> None:
     assert row[1:4] == ["embedding", "4", "200x32"]
     assert f"{(packed / 'model.safetensors').stat().st_size:,}" in result.out
     assert hf_ternary.capabilities()["reason"] in result.out
+    native = hf_ternary.capabilities()["backend"] != "reference"
+    assert ("native" if native else "module by module: the backend is 'reference'") in result.out.splitlines()[-1]
 
 
 def test_info_of_a_float_model(tiny_bert: Path, run: Run) -> None:

@@ -22,7 +22,7 @@ def test_import_loads_neither_torch_nor_transformers():
 
 
 def test_import_takes_less_than_50_ms():
-    code = "import time; t = time.perf_counter(); import hf_ternary; print(time.perf_counter() - t)"
+    code = "import time; t = time.process_time(); import hf_ternary; print(time.process_time() - t)"
     assert min(float(run(code)) for _ in range(5)) < 0.05
 
 

@@ -138,20 +138,22 @@ def test_imports_neither_torch_nor_transformers(folder: Path):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_stops_a_long_encode(folder: Path):
     code = (
-        "import hf_ternary\n"
+        "import hf_ternary, time\n"
         f"model = hf_ternary.load({str(folder)!r})\n"
         "model.encode('a dog'); print('ready', flush=True)\n"
-        "model.encode(['the cat sat on the mat ' * 60] * 100000)"
+        "try:\n"
+        "    model.encode(['the cat sat on the mat ' * 60] * 100000)\n"
+        "except KeyboardInterrupt:\n"
+        "    print(time.monotonic())"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(3)  # tokens are being encoded by now
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert "KeyboardInterrupt" in errors
-    assert time.monotonic() - start < 5  # a second on an idle machine
+    stopped, _ = process.communicate(timeout=60)
+    assert float(stopped) - start < 2  # a second, and one more for a busy machine; both processes read the same clock
 
 
 @pytest.mark.parametrize("texts", [None, 3, ["a", None]])

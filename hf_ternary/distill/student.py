@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import convert, quantizer
+from .. import convert, encoder, quantizer
 from ..config import QUANT_METHOD, TernaryConfig
 from ..modules import FakeTernaryLinear
 
@@ -96,6 +96,7 @@ def pack_student(student: SentenceTransformer, config: TernaryConfig) -> Sentenc
     convert.pack_model(transformer)
     transformer.config.output_hidden_states = False
     quantizer.mark_quantized(transformer, config)
+    encoder.bind(transformer)
     return student.eval().requires_grad_(False)
 
 

@@ -1,8 +1,10 @@
 """The C++ kernels without Python, against plain loops: those of this machine, and NEON under an emulator.
 
-The second needs a cross compiler and qemu-user; `make neon-tools` installs both.
+The second needs a cross compiler and qemu-user; `make neon-tools` installs both. `make sanitize` runs the first with the
+compiler's checks of memory, undefined behaviour and data races.
 """
 
+import os
 import platform
 import shutil
 import subprocess
@@ -31,6 +33,13 @@ def check_kernels(compiler: str, folder: Path, options: list[str], emulator: lis
 @pytest.mark.skipif(platform.machine() != "x86_64" or not COMPILER, reason="needs an x86-64 machine with g++")
 def test_kernels_of_this_machine(tmp_path: Path) -> None:
     assert "scalar" in check_kernels(str(COMPILER), tmp_path, ["-march=native"], [])
+
+
+@pytest.mark.skipif("HF_TERNARY_SANITIZE" not in os.environ, reason="minutes; make sanitize")
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitized(sanitizer: str, tmp_path: Path) -> None:
+    options = ["-march=native", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    assert "scalar" in check_kernels(str(COMPILER), tmp_path, options, [])
 
 
 @pytest.mark.skipif(not (CROSS_COMPILER and EMULATOR), reason="needs a cross compiler and qemu: make neon-tools")
