@@ -2,9 +2,9 @@
 
 How: when a model is loaded, the base model inside it (``BertModel``, ...) gets a subclass of its own class whose ``forward``
 asks the native encoder, and its parent class whenever the native one may not serve: gradients, hidden states, attentions,
-adapters, hooks, another device or dtype, a mask with holes. Images are embedded by torch, and the native encoder takes over
-from there. The C++ side is made at the first call, again after a weight was
-changed, and belongs to no module: it is neither saved, copied nor pickled.
+adapters, hooks, another device or dtype, a mask with holes. Images are embedded by torch; the native encoder goes on from
+there. The C++ side is made at the first call, again after a weight was changed, and belongs to no module: it is neither
+saved, copied nor pickled.
 Why a subclass and not a replaced method: transformers' classes stay as they are, ``super().forward`` is the fallback, and
 everything that looks at the class's name (saving, pipelines, conversion) sees the one it knows.
 """
