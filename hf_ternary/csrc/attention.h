@@ -132,8 +132,8 @@ HF_TERNARY_INLINE float softmax(const AttentionOperands& o, std::int64_t head, s
     largest = Isa::max(largest, w);
   }
   const float total = Isa::reduce_add(weighted), peak = Isa::reduce_max(largest);
-  std::memset(probabilities + tile_begin, 0, (begin - tile_begin) * sizeof(std::int16_t));
-  std::memset(probabilities + end, 0, (tile_end - end) * sizeof(std::int16_t));
+  for (std::int64_t j = tile_begin; j < begin; ++j) probabilities[j] = 0;
+  for (std::int64_t j = end; j < tile_end; ++j) probabilities[j] = 0;
   if (!(total < 3e38f)) {  // a NaN among the queries, keys or values
     std::memset(probabilities + begin, 0, (end - begin) * sizeof(std::int16_t));
     return total - total;

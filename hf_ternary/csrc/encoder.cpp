@@ -216,6 +216,7 @@ void Encoder::embed(const Block& block, std::int64_t begin, std::int64_t end) co
                    });
   });
   kernel_.normalize(start, nullptr, end - begin, hidden, norm_.view(), start);
+  if (!options_.pre_norm) return;
   kernel_.normalize(start, nullptr, end - begin, hidden, first_norm_.view(), block.h + begin * hidden);
 }
 
