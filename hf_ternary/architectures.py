@@ -262,7 +262,9 @@ class NativeEncoder:
         self._tables: list[np.ndarray] = []
         self._read: list[np.ndarray] = []  # what C++ copies before the end of this function
         _check(config, architecture, self.hidden, self.heads)
-        layers = [architecture.layer.format(i) for i in range(int(get(architecture.layers)))]
+        count = int(get(architecture.layers))
+        self._array(f"{architecture.layer.format(count - 1)}.{architecture.down}.weight", np.uint8)  # before many others
+        layers = [architecture.layer.format(i) for i in range(count)]
         intermediate = self._intermediate(architecture, layers[0])
         self.positions = self._positions(architecture, config)
         self._norm_bias = get("norm_bias") is not False
