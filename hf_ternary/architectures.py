@@ -7,7 +7,7 @@ transformers model, :mod:`.serving` those of a file.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,13 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
 }
 WIDEST_HEAD = 1024
+LONGEST, UNLIMITED = 2**17, 2**40  # tokens: of a table of rotations, and of anything
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -35,32 +39,52 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of post-norm encoders. Names of modules are relative to the base model, those of a layer to the layer.
+    """How a family of encoders computes, and one way in which transformers names its modules.
+
+    Names of modules are relative to the base model, those of a layer to the layer. None: the family has no such thing.
 
     Attributes:
         layer: pattern of a layer's name.
-        qkv, out, attention_norm, up, down, output_norm: modules of a layer.
-        types, bias: tables of token types and of relative-position biases; None if the family has none.
-        hidden, heads, layers, intermediate, activation: names of config entries.
-        epsilon: of the layer norms, where the config does not say it.
+        qkv, out, up, down: linear modules of a layer; several stand for one with all their outputs.
+        norms: of a layer, in the order of its forward: after both residual sums or, with ``pre_norm``, before both blocks.
+        pre_norm: norms leave the residual stream alone.
+        final_norm: after the last layer of a pre-norm encoder.
+        first_norm: whether a pre-norm encoder's first layer has its first norm.
+        scales: factors of what ``out`` and ``down`` give (layer scale).
+        gated: ``up`` gives two halves, and ``down`` reads activation(first half) * second half.
+        causal: tokens do not see later ones.
+        rotary: queries and keys are rotated by their positions, and config entries say which layers see a window only.
+        tokens, positions, types: tables that add up to the embeddings; ``tokens`` None: embedded tokens are the input.
+        norm: of the embeddings.
+        bias: table of relative-position biases.
+        hidden, heads, layers, activation, epsilon: names of config entries.
         padding: config entry that holds the id from which positions count; None if positions are columns.
         defaults: config entries that a config.json may leave out.
     """
 
     layer: str
-    qkv: tuple[str, str, str]
+    qkv: tuple[str, ...]
     out: str
-    attention_norm: str
-    up: str
+    up: tuple[str, ...]
     down: str
-    output_norm: str
-    types: str | None = "embeddings.token_type_embeddings"
+    norms: tuple[str, str]
+    pre_norm: bool = False
+    final_norm: str | None = None
+    first_norm: bool = True
+    scales: tuple[str, str] | None = None
+    gated: bool = False
+    causal: bool = False
+    rotary: bool = False
+    tokens: str | None = "embeddings.word_embeddings"
+    positions: str | None = "embeddings.position_embeddings"
+    types: str | None = None
+    norm: str | None = "embeddings.LayerNorm"
     bias: str | None = None
     hidden: str = "hidden_size"
     heads: str = "num_attention_heads"
     layers: str = "num_hidden_layers"
-    intermediate: str = "intermediate_size"
     activation: str = "hidden_act"
+    epsilon: str = "layer_norm_eps"
     padding: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -70,66 +94,152 @@ class Architecture:
         return self.defaults.get(name) if value is None else value
 
 
-_SIZES = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 3072}
-_BERT = partial(
-    Architecture,
+_SIZES = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12}
+_BERT = Architecture(
     layer="encoder.layer.{}",
     qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
     out="attention.output.dense",
-    attention_norm="attention.output.LayerNorm",
-    up="intermediate.dense",
+    up=("intermediate.dense",),
     down="output.dense",
-    output_norm="output.LayerNorm",
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    types="embeddings.token_type_embeddings",
     defaults={**_SIZES, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 1},
 )
+_ROBERTA = replace(_BERT, padding="pad_token_id")
+_MPNET = replace(
+    _BERT,
+    qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+    out="attention.attn.o",
+    norms=("attention.LayerNorm", "output.LayerNorm"),
+    types=None,
+    bias="encoder.relative_attention_bias",
+    padding="padding_idx",
+    defaults={**_SIZES, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "padding_idx": 1},
+)
+_DISTILBERT = Architecture(
+    layer="transformer.layer.{}",
+    qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    out="attention.out_lin",
+    up=("ffn.lin1",),
+    down="ffn.lin2",
+    norms=("sa_layer_norm", "output_layer_norm"),
+    hidden="dim",
+    heads="n_heads",
+    layers="n_layers",
+    activation="activation",
+    defaults={"dim": 768, "n_heads": 12, "n_layers": 6, "activation": "gelu", "layer_norm_eps": 1e-12},
+)
+_MODERNBERT = Architecture(
+    layer="layers.{}",
+    qkv=("attn.Wqkv",),
+    out="attn.Wo",
+    up=("mlp.Wi",),
+    down="mlp.Wo",
+    norms=("attn_norm", "mlp_norm"),
+    pre_norm=True,
+    final_norm="final_norm",
+    first_norm=False,
+    gated=True,
+    rotary=True,
+    tokens="embeddings.tok_embeddings",
+    positions=None,
+    norm="embeddings.norm",
+    activation="hidden_activation",
+    epsilon="norm_eps",
+    defaults={
+        **_SIZES,
+        "num_hidden_layers": 22,
+        "hidden_activation": "gelu",
+        "norm_eps": 1e-5,
+        "norm_bias": False,
+        "max_position_embeddings": 8192,
+        "local_attention": 128,
+    },
+)
+_CLIP_TEXT = Architecture(
+    layer="encoder.layers.{}",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.out_proj",
+    up=("mlp.fc1",),
+    down="mlp.fc2",
+    norms=("layer_norm1", "layer_norm2"),
+    pre_norm=True,
+    final_norm="final_layer_norm",
+    causal=True,
+    tokens="embeddings.token_embedding",
+    positions="embeddings.position_embedding",
+    norm=None,
+)
+_CLIP_VISION = replace(_CLIP_TEXT, final_norm=None, causal=False, tokens=None, positions=None, norm="pre_layrnorm")
+_VIT = Architecture(
+    layer="layers.{}",
+    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    out="attention.o_proj",
+    up=("mlp.fc1",),
+    down="mlp.fc2",
+    norms=("layernorm_before", "layernorm_after"),
+    pre_norm=True,
+    final_norm="layernorm",
+    tokens=None,
+    positions=None,
+    norm=None,
+)
+# Module names of ViT, and of attention in DINOv2, in older transformers.
+_OLDER_ATTENTION: dict[str, Any] = {
+    "qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "out": "attention.output.dense",
+}
+_OLDER_VIT = replace(_VIT, **_OLDER_ATTENTION, layer="encoder.layer.{}", up=("intermediate.dense",), down="output.dense")
+_DINOV2 = replace(
+    _VIT,
+    layer="encoder.layer.{}",
+    norms=("norm1", "norm2"),
+    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+)
+# DINOv2's giant: its config names another activation function than the one that its MLP uses, so read none from there.
+_SWIGLU: dict[str, Any] = {"gated": True, "activation": "swiglu", "defaults": {"swiglu": "silu"}}
+_DINOV2_SWIGLU = replace(_DINOV2, **_SWIGLU, up=("mlp.gate_proj", "mlp.up_proj"), down="mlp.down_proj")
+_OLDER_SWIGLU = replace(_DINOV2, **_OLDER_ATTENTION, **_SWIGLU, up=("mlp.weights_in",), down="mlp.weights_out")
 
-# By the base model's class in transformers, and the prefix that its heads give its weights.
-ARCHITECTURES: dict[str, tuple[str, Architecture]] = {
-    "BertModel": ("bert", _BERT()),
-    "RobertaModel": ("roberta", _BERT(padding="pad_token_id")),
-    "XLMRobertaModel": ("roberta", _BERT(padding="pad_token_id")),
-    "CamembertModel": ("roberta", _BERT(padding="pad_token_id")),
-    "MPNetModel": (
-        "mpnet",
-        _BERT(
-            qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
-            out="attention.attn.o",
-            attention_norm="attention.LayerNorm",
-            types=None,
-            bias="encoder.relative_attention_bias",
-            padding="padding_idx",
-            defaults={**_SIZES, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "padding_idx": 1},
-        ),
-    ),
-    "DistilBertModel": (
-        "distilbert",
-        Architecture(
-            layer="transformer.layer.{}",
-            qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-            out="attention.out_lin",
-            attention_norm="sa_layer_norm",
-            up="ffn.lin1",
-            down="ffn.lin2",
-            output_norm="output_layer_norm",
-            types=None,
-            hidden="dim",
-            heads="n_heads",
-            layers="n_layers",
-            intermediate="hidden_dim",
-            activation="activation",
-            defaults={"dim": 768, "n_heads": 12, "n_layers": 6, "hidden_dim": 3072, "activation": "gelu"},
-        ),
-    ),
+# The layouts of a base model, by its class in transformers.
+ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
+    "BertModel": (_BERT,),
+    "RobertaModel": (_ROBERTA,),
+    "XLMRobertaModel": (_ROBERTA,),
+    "CamembertModel": (_ROBERTA,),
+    "MPNetModel": (_MPNET,),
+    "DistilBertModel": (_DISTILBERT,),
+    "ModernBertModel": (_MODERNBERT,),
+    "ViTModel": (_VIT, _OLDER_VIT),
+    "Dinov2Model": (_DINOV2, replace(_DINOV2, **_OLDER_ATTENTION), _DINOV2_SWIGLU, _OLDER_SWIGLU),
+    "CLIPTextModel": (_CLIP_TEXT,),
+    "CLIPTextTransformer": (_CLIP_TEXT,),  # inside CLIPTextModel in older transformers
+    "CLIPVisionModel": (_CLIP_VISION,),
+    "CLIPVisionTransformer": (_CLIP_VISION,),
 }
 
+# By model_type: the base model's class, and the prefix that heads give its weights.
 MODEL_TYPES = {
-    "bert": "BertModel",
-    "roberta": "RobertaModel",
-    "xlm-roberta": "XLMRobertaModel",
-    "camembert": "CamembertModel",
-    "mpnet": "MPNetModel",
-    "distilbert": "DistilBertModel",
+    "bert": ("BertModel", "bert"),
+    "roberta": ("RobertaModel", "roberta"),
+    "xlm-roberta": ("XLMRobertaModel", "roberta"),
+    "camembert": ("CamembertModel", "roberta"),
+    "mpnet": ("MPNetModel", "mpnet"),
+    "distilbert": ("DistilBertModel", "distilbert"),
+    "modernbert": ("ModernBertModel", "model"),
 }
+
+
+def find_layout(layouts: tuple[Architecture, ...], arrays: Arrays) -> Architecture:
+    """The layout whose names these arrays have.
+
+    Raises:
+        UnsupportedError: none of them.
+    """
+    for layout in layouts:
+        if all(f"{layout.layer.format(0)}.{name}.weight" in arrays for name in (*layout.qkv, *layout.up)):
+            return layout
+    raise UnsupportedError("the modules of its layers have other names than in the versions that are known")
 
 
 class NativeEncoder:
@@ -152,44 +262,63 @@ class NativeEncoder:
         self._tables: list[np.ndarray] = []
         self._read: list[np.ndarray] = []  # what C++ copies before the end of this function
         _check(config, architecture, self.hidden, self.heads)
-        self.positions = len(arrays.get("embeddings.position_embeddings.weight", ()))
-        bias, reach = self._bias(architecture)
+        count = int(get(architecture.layers))
+        self._array(f"{architecture.layer.format(count - 1)}.{architecture.down}.weight", np.uint8)  # before many others
+        layers = [architecture.layer.format(i) for i in range(count)]
+        intermediate = self._intermediate(architecture, layers[0])
+        self.positions = self._positions(architecture, config)
+        self._norm_bias = get("norm_bias") is not False
+        norms: list[str | None] = [f"{layer}.{name}" for layer in layers for name in architecture.norms]
+        first_norm = None
+        if architecture.pre_norm:  # the norm after a layer is the first one of the next
+            first_norm, *norms = *norms, architecture.final_norm
         module = backends.native()
         assert module is not None
         self._native = module.Encoder(
-            backends.choose().backend,
-            self.hidden,
-            self.heads,
-            int(get(architecture.intermediate)),
-            ACTIVATIONS[get(architecture.activation)],
-            float(get("layer_norm_eps") or 1e-12),
-            -1 if architecture.padding is None else int(get(architecture.padding)),
-            self._table("embeddings.word_embeddings"),
-            self._table("embeddings.position_embeddings"),
-            self._table(architecture.types) if architecture.types else (0, 0, 0, 1, 32, 1.0),
-            self._norm("embeddings.LayerNorm"),
-            0 if bias is None else bias.ctypes.data,
-            reach,
+            backend=backends.choose().backend,
+            hidden=self.hidden,
+            heads=self.heads,
+            intermediate=intermediate,
+            activation=ACTIVATIONS[get(architecture.activation)],
+            gated=architecture.gated,
+            pre_norm=architecture.pre_norm,
+            epsilon=float(get(architecture.epsilon)),
+            padding_id=-1 if architecture.padding is None else int(get(architecture.padding)),
+            tokens=self._table(architecture.tokens),
+            positions=self._table(architecture.positions),
+            types=self._table(architecture.types),
+            norm=self._norm(architecture.norm),
+            first_norm=self._norm(first_norm if architecture.first_norm else None),
+            bias=self._bias(architecture.bias),
+            reach=self.positions,
         )
-        intermediate = int(get(architecture.intermediate))
-        for i in range(int(get(architecture.layers))):
-            layer = architecture.layer.format(i)
+        qkv, up = len(architecture.qkv), len(architecture.up)
+        out_scale, down_scale = architecture.scales or (None, None)
+        attention = self._attention(architecture, config, len(layers))
+        for i, layer in enumerate(layers):
+            before, after, rotation = attention[i]
             self._native.add_layer(
-                self._linear([f"{layer}.{name}" for name in architecture.qkv], self.hidden, self.hidden),
-                self._linear([f"{layer}.{architecture.out}"], self.hidden, self.hidden),
-                self._linear([f"{layer}.{architecture.up}"], intermediate, self.hidden),
-                self._linear([f"{layer}.{architecture.down}"], self.hidden, intermediate),
-                self._norm(f"{layer}.{architecture.attention_norm}"),
-                self._norm(f"{layer}.{architecture.output_norm}"),
+                qkv=self._linear(layer, architecture.qkv, 3 * self.hidden // qkv, self.hidden),
+                out=self._linear(layer, (architecture.out,), self.hidden, self.hidden, out_scale),
+                up=self._linear(layer, architecture.up, (1 + architecture.gated) * intermediate // up, self.hidden),
+                down=self._linear(layer, (architecture.down,), self.hidden, intermediate, down_scale),
+                attention_norm=self._norm(norms[2 * i]),
+                output_norm=self._norm(norms[2 * i + 1]),
+                before=before,
+                after=after,
+                rotation=rotation,
             )
         del self._arrays, self._read
 
-    def hidden_states(self, ids: int, types: int, mask: int, rows: int, columns: int, y: int, threads: int) -> bool:
-        """Fill ``y`` float32 ``[rows, columns, hidden]`` from int64 ids, types and mask of that shape (addresses).
+    def hidden_states(
+        self, ids: int, types: int, states: int, mask: int, rows: int, columns: int, y: int, threads: int
+    ) -> bool:
+        """Fill ``y`` float32 ``[rows, columns, hidden]``; arguments are addresses.
 
+        From int64 ids, types and mask ``[rows, columns]``, or from embedded tokens, float32 ``[rows, columns, hidden]``.
         False, with ``y`` unwritten: an id out of range, an empty row, or a mask that is no run of ones in each row.
         """
-        return self._native.hidden_states(ids, types, mask, rows, columns, y, threads)
+        return self._native.hidden_states(ids, types, states, mask, rows, columns, y, threads)
 
     def embeddings(self, ids: np.ndarray, offsets: np.ndarray, pooling: str, normalize: bool, threads: int) -> np.ndarray:
         """Pooled embeddings, float32 ``[sequences, hidden]``, of ids int64 from ``offsets[i]`` to ``offsets[i + 1]``.
@@ -218,7 +347,9 @@ class NativeEncoder:
         self._read.append(array)
         return array
 
-    def _table(self, name: str) -> tuple[int, int, int, int, int, float]:
+    def _table(self, name: str | None) -> tuple[int, int, int, int, int, float]:
+        if name is None:
+            return 0, 0, 0, 1, 32, 1.0
         if f"{name}.weight_scale" not in self._arrays:
             table = self._array(f"{name}.weight")
             if table.ndim != 2 or table.shape[1] != self.hidden:
@@ -234,8 +365,43 @@ class NativeEncoder:
         self._tables += [codes, scale]
         return codes.ctypes.data, scale.ctypes.data, len(codes), scale.shape[1], bits, 1.0
 
-    def _linear(self, names: list[str], outputs: int, inputs: int) -> tuple[int, int, int, int, int, int]:
-        """One layer, or several stacked into one."""
+    def _intermediate(self, architecture: Architecture, layer: str) -> int:
+        """Columns that ``down`` reads."""
+        scales = [self._arrays.get(f"{layer}.{name}.weight_scale", np.empty(0)) for name in architecture.up]
+        return sum(map(len, scales)) // (1 + architecture.gated)
+
+    def _positions(self, architecture: Architecture, config: Mapping[str, Any]) -> int:
+        """Tokens of the longest sequence."""
+        if architecture.rotary:
+            return min(int(architecture.get(config, "max_position_embeddings")), LONGEST)
+        if architecture.positions is None:
+            return UNLIMITED
+        return len(self._arrays.get(f"{architecture.positions}.weight", ()))
+
+    def _attention(self, architecture: Architecture, config: Mapping[str, Any], layers: int) -> list[tuple[int, int, int]]:
+        """Of every layer: the tokens that one sees before and after it, and the address of the rotations or 0."""
+        if not architecture.rotary:
+            return [(UNLIMITED, 0 if architecture.causal else UNLIMITED, 0)] * layers
+        window = {"full_attention": UNLIMITED, "sliding_attention": int(architecture.get(config, "local_attention")) // 2}
+        kinds, rope = config.get("layer_types") or [], config.get("rope_parameters") or {}
+        width, tables = self.hidden // self.heads, {}
+        for kind in set(kinds):
+            how = rope.get(kind) or {}
+            if kind not in window or how.get("rope_type") != "default" or width % 2:
+                raise UnsupportedError(
+                    f"its {kind} rotates {width} columns by {how}, not an even number by the default rule"
+                )
+            tables[kind] = _rotations(float(how["rope_theta"]), self.positions, width)
+        if len(kinds) != layers:
+            raise UnsupportedError(f"its config has layer_types for {len(kinds)} of {layers} layers")
+        self._tables += tables.values()
+        return [(window[kind], window[kind], tables[kind].ctypes.data) for kind in kinds]
+
+    def _linear(
+        self, layer: str, modules: tuple[str, ...], outputs: int, inputs: int, factor: str | None = None
+    ) -> tuple[int, int, int, int, int, int]:
+        """One linear layer, or several stacked into one, times the layer scale ``factor``."""
+        names = [f"{layer}.{module}" for module in modules]
         for name in names:
             if f"{name}.weight_scale" not in self._arrays:
                 raise UnsupportedError(f"{name} is not ternary")
@@ -249,6 +415,9 @@ class NativeEncoder:
         if any(b is not None for b in biases):
             bias = _stack([self._array(f"{name}.bias", shape=(outputs,)) for name in names])
         scale = _stack(scales)
+        if factor is not None:
+            factors = self._array(f"{layer}.{factor}", shape=(outputs,))
+            scale, bias = scale * factors[:, None], None if bias is None else bias * factors
         self._read += [a for a in (codes, scale, bias) if a is not None]
         return (
             codes.ctypes.data,
@@ -259,19 +428,21 @@ class NativeEncoder:
             groups,
         )
 
-    def _norm(self, name: str) -> tuple[int, int]:
+    def _norm(self, name: str | None) -> tuple[int, int]:
+        if name is None:
+            return 0, 0
         shape = (self.hidden,)
-        return self._array(f"{name}.weight", shape=shape).ctypes.data, self._array(f"{name}.bias", shape=shape).ctypes.data
+        weight = self._array(f"{name}.weight", shape=shape).ctypes.data
+        return weight, self._array(f"{name}.bias", shape=shape).ctypes.data if self._norm_bias else 0
 
-    def _bias(self, architecture: Architecture) -> tuple[np.ndarray | None, int]:
-        """T5's relative-position biases as MPNet uses them, by distance: float32 ``[heads, 2 * reach + 1]``, and reach."""
-        if architecture.bias is None:
-            return None, 0
-        table = self._array(f"{architecture.bias}.weight")
-        reach = self.positions
+    def _bias(self, name: str | None) -> int:
+        """T5's relative-position biases as MPNet uses them, by distance: address of ``[heads, 2 * positions + 1]``."""
+        if name is None:
+            return 0
+        table, reach = self._array(f"{name}.weight"), self.positions
         bias = np.ascontiguousarray(table[_buckets(np.arange(-reach, reach + 1), 32, 128)].T)
         self._read.append(bias)
-        return bias, reach
+        return bias.ctypes.data
 
 
 def _check(config: Mapping[str, Any], architecture: Architecture, hidden: int, heads: int) -> None:
@@ -285,11 +456,20 @@ def _check(config: Mapping[str, Any], architecture: Architecture, hidden: int, h
         raise UnsupportedError(f"position_embedding_type is {kind!r}, not 'absolute'")
     if hidden % heads or hidden // heads > WIDEST_HEAD:
         raise UnsupportedError(f"{heads} heads do not divide {hidden} columns into heads of at most {WIDEST_HEAD}")
-    epsilon = architecture.get(config, "layer_norm_eps")
-    if epsilon is not None and not 0 <= epsilon < 1:
-        raise ValueError(f"layer_norm_eps={epsilon} in config.json is not allowed: use a number from 0 to 1, often 1e-12")
+    epsilon = architecture.get(config, architecture.epsilon)
+    if not 0 <= epsilon < 1:
+        raise ValueError(
+            f"{architecture.epsilon}={epsilon} in config.json is not allowed: use a number from 0 to 1, often 1e-12"
+        )
     if (config.get("quantization_config") or {}).get("activation") != "int8":
         raise UnsupportedError("its activations are not quantized to int8")
+
+
+def _rotations(theta: float, positions: int, width: int) -> np.ndarray:
+    """RoPE's cosines and sines of every position, float32 ``[positions, width]``, rounded where transformers rounds."""
+    frequencies = 1 / (theta ** (np.arange(0, width, 2) / width)).astype(np.float32)
+    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

@@ -16,9 +16,7 @@ _TARGET = "transformers.quantizers.auto"
 class _Finder:
     """Waits for one import of ``transformers.quantizers.auto`` and registers right after it."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _TARGET:
             return None
         sys.meta_path.remove(self)

@@ -2,8 +2,9 @@
 
 How: when a model is loaded, the base model inside it (``BertModel``, ...) gets a subclass of its own class whose ``forward``
 asks the native encoder, and its parent class whenever the native one may not serve: gradients, hidden states, attentions,
-adapters, hooks, another device or dtype, a mask with holes. The C++ side is made at the first call, again after a weight was
-changed, and belongs to no module: it is neither saved, copied nor pickled.
+adapters, hooks, another device or dtype, a mask with holes. Images are embedded by torch; the native encoder goes on from
+there. The C++ side is made at the first call, again after a weight was changed, and belongs to no module: it is neither
+saved, copied nor pickled.
 Why a subclass and not a replaced method: transformers' classes stay as they are, ``super().forward`` is the fallback, and
 everything that looks at the class's name (saving, pipelines, conversion) sees the one it knows.
 """
@@ -12,19 +13,20 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from .architectures import ARCHITECTURES, NativeEncoder
+from .architectures import ARCHITECTURES, NativeEncoder, find_layout
 from .modules import QuantizedEmbedding, TernaryLinear
 from .ops import backends
 
-# Arguments of forward that the native encoder reads; any other must be None or False.
+# Arguments of forward that the native path reads; any other must be None or False. Of images, also those of the embeddings.
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "return_dict", "use_cache"}
+_IMAGE_INPUTS = {"pixel_values", "return_dict"}
 
 
 def bind(model: nn.Module) -> None:
@@ -63,7 +65,8 @@ def _architecture(module: nn.Module) -> str | None:
     """The supported transformers class that ``module`` is exactly an instance of."""
     cls = type(module)
     known = cls.__name__ in ARCHITECTURES and cls.__module__.startswith("transformers.models.")
-    return cls.__name__ if known and not hasattr(cls, "hf_ternary_base") else None
+    wraps = not hasattr(module, "embeddings")  # older transformers keep CLIP's towers inside classes of the newer names
+    return cls.__name__ if known and not wraps and not hasattr(cls, "hf_ternary_base") else None
 
 
 @functools.cache
@@ -102,16 +105,28 @@ def _forward(module: Any, inputs: dict[str, Any]) -> Any:
     native = _state(module).native
     if native is None:
         return None
-    ids, types = inputs["input_ids"].contiguous(), inputs.get("token_type_ids")
-    mask = inputs.get("attention_mask")
-    mask = None if mask is None else mask.long().contiguous()
-    types = None if types is None else types.contiguous()
-    y = torch.empty((*ids.shape, native.hidden), dtype=torch.float32)
-    at_ids, at_types, at_mask = (0 if t is None else t.data_ptr() for t in (ids, types, mask))
-    rows, columns = ids.shape
-    if not native.hidden_states(at_ids, at_types, at_mask, rows, columns, y.data_ptr(), torch.get_num_threads()):
+    ids, types, mask = (inputs.get(name) for name in ("input_ids", "token_type_ids", "attention_mask"))
+    states: Any = _embed(module, inputs) if ids is None else None
+    mask = None if mask is None else mask.long()
+    given = [None if t is None else t.contiguous() for t in (ids, types, states, mask)]
+    rows, columns = (states if ids is None else ids).shape[:2]
+    y = torch.empty((rows, columns, native.hidden), dtype=torch.float32)
+    at_ids, at_types, at_states, at_mask = (0 if t is None else t.data_ptr() for t in given)
+    at_y, threads = y.data_ptr(), torch.get_num_threads()
+    if not native.hidden_states(at_ids, at_types, at_states, at_mask, rows, columns, at_y, threads):
         return None
-    return _output(module, y)
+    return _output(module, y, ids)
+
+
+def _embed(module: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What the first layer of a vision encoder reads, float32 ``[images, tokens, hidden]``."""
+    names = _arguments(type(module.embeddings).forward)
+    return module.embeddings(**{name: value for name, value in inputs.items() if name in names})
+
+
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def _may_serve(module: Any, inputs: dict[str, Any]) -> bool:
@@ -119,37 +134,63 @@ def _may_serve(module: Any, inputs: dict[str, Any]) -> bool:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
+    vision = ARCHITECTURES[module.hf_ternary_base.__name__][0].tokens is None
+    known = _IMAGE_INPUTS | _arguments(type(module.embeddings).forward) if vision else _INPUTS
     for name, value in inputs.items():
-        if value is not None and value is not False and name not in _INPUTS:
+        if value is not None and value is not False and name not in known:
             return False
     config = module.config
     if inputs.get("return_dict") is False or not getattr(config, "return_dict", True):
         return False
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
         return False
-    ids = inputs.get("input_ids")
-    if not (_is_plain(ids) and ids.dtype == torch.int64 and ids.numel()):  # type: ignore[union-attr]
-        return False
+    if vision:
+        return _is_plain(inputs.get("pixel_values"), torch.float32, 4)
+    ids: Any = inputs.get("input_ids")
     types, mask = inputs.get("token_type_ids"), inputs.get("attention_mask")
-    if types is not None and not (_is_plain(types) and types.dtype == torch.int64 and types.shape == ids.shape):  # type: ignore[union-attr]
+    if not _is_plain(ids, torch.int64, 2):
         return False
-    return mask is None or (_is_plain(mask) and not mask.is_floating_point() and mask.shape == ids.shape)  # type: ignore[union-attr]
+    if types is not None and not (_is_plain(types, torch.int64, 2) and types.shape == ids.shape):
+        return False
+    if mask is None:
+        return True
+    if not _is_plain(mask, mask.dtype, 2) or mask.is_floating_point() or mask.shape != ids.shape:
+        return False
+    return not module.hf_ternary_base.__name__.startswith("CLIP") or bool(mask.gather(1, _eos(module, ids)).all())
 
 
-def _is_plain(tensor: Any) -> bool:
-    return type(tensor) is torch.Tensor and tensor.dim() == 2 and tensor.device.type == "cpu"
+def _is_plain(tensor: Any, dtype: torch.dtype, dimensions: int) -> bool:
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return False
+    return tensor.dtype == dtype and tensor.dim() == dimensions and tensor.numel() > 0
 
 
-def _output(module: Any, hidden_states: torch.Tensor) -> Any:
+def _eos(module: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Where CLIP pools a text, int64 column ``[rows, 1]``: the first end of text, which has the largest id in old models."""
+    ends = ids if module.eos_token_id == 2 else (ids == module.eos_token_id).int()
+    return ends.argmax(dim=-1, keepdim=True)
+
+
+def _output(module: Any, hidden_states: torch.Tensor, ids: torch.Tensor | None) -> Any:
     from transformers import modeling_outputs as outputs
 
-    name = module.hf_ternary_base.__name__
-    if name == "DistilBertModel":
-        return outputs.BaseModelOutput(last_hidden_state=hidden_states)
-    pooled = None if module.pooler is None else module.pooler(hidden_states)
-    if name == "MPNetModel":
-        return outputs.BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
-    return outputs.BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden_states, pooler_output=pooled)
+    kind: Any = outputs.BaseModelOutputWithPooling
+    pooled: torch.Tensor | None
+    match module.hf_ternary_base.__name__:
+        case "DistilBertModel" | "ModernBertModel":
+            return outputs.BaseModelOutput(last_hidden_state=hidden_states)
+        case "CLIPTextModel" | "CLIPTextTransformer":
+            assert ids is not None
+            pooled = hidden_states.take_along_dim(_eos(module, ids).unsqueeze(-1), dim=1).squeeze(1)
+        case "CLIPVisionModel" | "CLIPVisionTransformer":
+            pooled = module.post_layernorm(hidden_states[:, 0])
+        case "Dinov2Model":
+            pooled = hidden_states[:, 0]
+        case name:
+            pooled = None if module.pooler is None else module.pooler(hidden_states)
+            if name not in ("MPNetModel", "ViTModel"):
+                kind = outputs.BaseModelOutputWithPoolingAndCrossAttentions
+    return kind(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
 class _State:
@@ -167,7 +208,6 @@ class _State:
         config.setdefault("quantization_config", {})
         config["quantization_config"] = {"activation": _activation(modules)}
         config["padding_idx"] = getattr(module.embeddings, "padding_idx", None)
-        _, architecture = ARCHITECTURES[module.hf_ternary_base.__name__]
         arrays = {
             f"{name}.{key}": tensor.detach().numpy()
             for name, part in module.named_modules()
@@ -176,7 +216,8 @@ class _State:
             if tensor is not None
         }
         try:
-            self.native = NativeEncoder(architecture, config, arrays)
+            layout = find_layout(ARCHITECTURES[module.hf_ternary_base.__name__], arrays)
+            self.native = NativeEncoder(layout, config, arrays)
         except ValueError as error:
             self.obstacle = str(error)
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 
-from .architectures import ARCHITECTURES, MODEL_TYPES, NativeEncoder, UnsupportedError
+from .architectures import ARCHITECTURES, MODEL_TYPES, NativeEncoder, UnsupportedError, find_layout
 from .config import TernaryConfig
 from .files import read_json
 from .ops import backends
@@ -182,15 +182,15 @@ def _native_encoder(folder: Path, config: dict[str, Any]) -> NativeEncoder:
     if not options or options.get("quant_method") != "ternary":
         raise ValueError(f"{folder} holds no ternary model. Fix: make one with `hf-ternary quantize {folder} DST`")
     TernaryConfig.from_dict(options)
-    name = MODEL_TYPES.get(config.get("model_type", ""))
-    if name is None:
+    if config.get("model_type") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise UnsupportedError(
             f"model_type {config.get('model_type')!r} is not one of {known}. Fix: use SentenceTransformer"
         )
-    prefix, architecture = ARCHITECTURES[name]
+    name, prefix = MODEL_TYPES[config["model_type"]]
+    arrays = _read(folder, prefix)
     try:
-        return NativeEncoder(architecture, config, _read(folder, prefix))
+        return NativeEncoder(find_layout(ARCHITECTURES[name], arrays), config, arrays)
     except UnsupportedError as error:
         raise UnsupportedError(f"{folder}: {error}. Fix: use SentenceTransformer") from error
     except ValueError as error:

@@ -84,9 +84,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_bert(tmp_path_factory.mktemp("tiny") / "bert")
 
 
-@pytest.fixture(scope="session")
-def tiny_sentence_transformer(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random float32 SentenceTransformer: ``tiny_bert``, mean pooling, normalisation."""
+def save_sentence_transformer(base: Path, path: Path) -> Path:
+    """The model of width 32 in ``base`` with mean pooling and normalisation, saved in ``path``."""
     from sentence_transformers import SentenceTransformer
 
     try:
@@ -94,12 +93,17 @@ def tiny_sentence_transformer(tiny_bert: Path, tmp_path_factory: pytest.TempPath
     except ImportError:  # before sentence-transformers 6
         from sentence_transformers.models import Normalize, Pooling, Transformer
 
-    path = tmp_path_factory.mktemp("tiny") / "sentence-transformer"
     model = SentenceTransformer(
-        modules=[Transformer(str(tiny_bert)), Pooling(32, pooling_mode="mean"), Normalize()], device="cpu"
+        modules=[Transformer(str(base)), Pooling(32, pooling_mode="mean"), Normalize()], device="cpu"
     )
     model.save_pretrained(str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_sentence_transformer(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random float32 SentenceTransformer: ``tiny_bert``, mean pooling, normalisation."""
+    return save_sentence_transformer(tiny_bert, tmp_path_factory.mktemp("tiny") / "sentence-transformer")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import pytest
 import hf_ternary
 from hf_ternary.ops import backends
 
-from .conftest import SENTENCES
+from .conftest import SENTENCES, VOCAB_SIZE, save_sentence_transformer, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(backends.choose().backend == "reference", reason="the C++ kernels are not built")
 
@@ -54,6 +54,23 @@ def test_same_embeddings_as_sentence_transformer(folder: Path):
     assert ours.shape == theirs.shape
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs, atol=1e-6)  # torch sums and normalizes in another order
+
+
+def test_modernbert(tmp_path: Path):
+    from sentence_transformers import SentenceTransformer
+    from transformers import ModernBertConfig, ModernBertModel
+
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    special = {"bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    config = ModernBertConfig(**sizes, **special, intermediate_size=64, local_attention=16, initializer_range=0.2)
+    ModernBertModel(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer(tmp_path / "base")
+    folder = save_ternary(save_sentence_transformer(tmp_path / "base", tmp_path / "float"), tmp_path / "ternary")
+    ours, theirs = hf_ternary.load(folder).encode(TEXTS), SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    edit(folder / "config.json", layer_types=["chunked_attention"] * 3)
+    with pytest.raises(ValueError, match="chunked_attention.*use SentenceTransformer"):
+        hf_ternary.load(folder)
 
 
 def test_settings_of_sentence_transformers_count(tiny: Path):

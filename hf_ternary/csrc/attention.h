@@ -1,7 +1,8 @@
 // Attention of one sequence, written once over an `Isa` (see tile.h); kernel.h shows the operands.
 //
 // How: both products are the same tile of int16 pairs: scores = query x key, output = probabilities x value. A few queries
-// at a time: their scores, softmax and probabilities never leave the L1/L2 cache.
+// at a time: their scores, softmax and probabilities never leave the L1/L2 cache. A tile touches only panels with a key that
+// one of its queries sees, and a query's softmax only its own of these: no neighbour shows in it.
 // Why int16: 13 bits a query or key, 12 a value and 16 a probability keep scores within 2e-4 of float32's, far below the
 // noise of the int8 activations around, and sums fit int32: 4095 * 4095 * 128 < 2**31 (wider heads get fewer bits), and
 // probabilities are scaled so that they add up to at most 2**19, times 2047.
@@ -101,24 +102,28 @@ HF_TERNARY_INLINE void score(const AttentionOperands& o, std::int64_t head, std:
   }
 }
 
-// scores [padded] -> probabilities in int16, times the scales of the values; returns what undoes their scale.
+// scores [padded] -> probabilities in int16, times the scales of the values, zero for the other keys in [tile_begin, tile_end);
+// returns what undoes their scale.
 template <class Isa>
-HF_TERNARY_INLINE float softmax(const AttentionOperands& o, std::int64_t head, std::int64_t query, float* scores,
-                                std::int16_t* probabilities) {
+HF_TERNARY_INLINE float softmax(const AttentionOperands& o, std::int64_t head, std::int64_t query, std::int64_t tile_begin,
+                                std::int64_t tile_end, float* scores, std::int16_t* probabilities) {
   constexpr std::int64_t kLanes = Isa::kLanes;
+  const std::int64_t first = o.first_key(query), last = o.end_key(query);
+  const std::int64_t begin = first - first % kLanes, end = (last + kLanes - 1) / kLanes * kLanes;
   if (o.bias) {
     const float* bias = o.bias + head * (2 * o.bias_reach + 1) + o.bias_reach - query;
-    for (std::int64_t j = 0; j < o.tokens; j += kLanes) {
+    for (std::int64_t j = begin; j < last; j += kLanes) {
       const auto biased = Isa::add(Isa::load_floats(scores + j), load_some<Isa>(bias + j, o.tokens - j));
       Isa::store(scores + j, biased);
     }
   }
-  for (std::int64_t j = o.tokens; j < o.padded; ++j) scores[j] = -1e30f;
-  auto top = Isa::load_floats(scores);
-  for (std::int64_t j = kLanes; j < o.padded; j += kLanes) top = Isa::max(Isa::load_floats(scores + j), top);
+  for (std::int64_t j = begin; j < first; ++j) scores[j] = -1e30f;
+  for (std::int64_t j = last; j < end; ++j) scores[j] = -1e30f;
+  auto top = Isa::load_floats(scores + begin);
+  for (std::int64_t j = begin + kLanes; j < end; j += kLanes) top = Isa::max(Isa::load_floats(scores + j), top);
   const auto highest = Isa::fill(Isa::reduce_max(top));
   auto sum = Isa::fill(0.0f), weighted = sum, largest = sum;
-  for (std::int64_t j = 0; j < o.padded; j += kLanes) {
+  for (std::int64_t j = begin; j < end; j += kLanes) {
     const auto e = exponential<Isa>(Isa::sub(Isa::load_floats(scores + j), highest));
     const auto w = Isa::mul(e, Isa::load_floats(o.value_scale + head * o.padded + j));
     Isa::store(scores + j, w);
@@ -127,29 +132,31 @@ HF_TERNARY_INLINE float softmax(const AttentionOperands& o, std::int64_t head, s
     largest = Isa::max(largest, w);
   }
   const float total = Isa::reduce_add(weighted), peak = Isa::reduce_max(largest);
+  for (std::int64_t j = tile_begin; j < begin; ++j) probabilities[j] = 0;
+  for (std::int64_t j = end; j < tile_end; ++j) probabilities[j] = 0;
   if (!(total < 3e38f)) {  // a NaN among the queries, keys or values
-    std::memset(probabilities, 0, o.padded * sizeof(std::int16_t));
+    std::memset(probabilities + begin, 0, (end - begin) * sizeof(std::int16_t));
     return total - total;
   }
   if (peak < 0x1p-100f) {  // all values are zero
-    std::memset(probabilities, 0, o.padded * sizeof(std::int16_t));
+    std::memset(probabilities + begin, 0, (end - begin) * sizeof(std::int16_t));
     return 0.0f;
   }
   const float by_peak = kProbabilityLevels / peak, by_sum = kProbabilitySum / total, scale = by_peak < by_sum ? by_peak : by_sum;
-  for (std::int64_t j = 0; j < o.padded; j += kLanes) {
+  for (std::int64_t j = begin; j < end; j += kLanes) {
     Isa::store_words(probabilities + j, Isa::round(Isa::mul(Isa::load_floats(scores + j), Isa::fill(scale))));
   }
   return 1.0f / (scale * Isa::reduce_add(sum));
 }
 
-// kPanels vectors of the output of kRows queries.
+// kPanels vectors of the output of kRows queries, from the keys [first, last).
 template <class Isa, int kRows, int kPanels>
-HF_TERNARY_INLINE void weigh(const AttentionOperands& o, std::int64_t head, std::int64_t column,
-                             const std::int16_t* probabilities, const float* scale, float* y) {
+HF_TERNARY_INLINE void weigh(const AttentionOperands& o, std::int64_t head, std::int64_t column, std::int64_t first,
+                             std::int64_t last, const std::int16_t* probabilities, const float* scale, float* y) {
   typename Isa::Ints sum[kRows][kPanels];
   const std::int64_t panel = o.padded * Isa::kLanes;
-  multiply_pairs<Isa, kRows, kPanels>(probabilities, o.padded, o.value + head * o.dim * o.padded + column * o.padded, panel,
-                                      (o.tokens + 1) / 2, sum);
+  const std::int16_t* values = o.value + head * o.dim * o.padded + column * o.padded + first * Isa::kLanes;
+  multiply_pairs<Isa, kRows, kPanels>(probabilities + first, o.padded, values, panel, (last - first + 1) / 2, sum);
   HF_TERNARY_UNROLL
   for (int r = 0; r < kRows; ++r) {
     HF_TERNARY_UNROLL
@@ -165,16 +172,20 @@ template <class Isa, int kRows>
 void attend_tile(const AttentionOperands& o, std::int64_t head, std::int64_t query, float* y, float* scores,
                  std::int16_t* probabilities) {
   constexpr std::int64_t kLanes = Isa::kLanes;
-  std::int64_t key = 0;
-  for (; key + 2 * kLanes <= o.padded; key += 2 * kLanes) score<Isa, kRows, 2>(o, head, query, key, scores);
-  if (key < o.padded) score<Isa, kRows, 1>(o, head, query, key, scores);
+  const std::int64_t first = o.first_key(query), last = o.end_key(query + kRows - 1);
+  const std::int64_t begin = first - first % kLanes, end = (last + kLanes - 1) / kLanes * kLanes;
+  std::int64_t key = begin;
+  for (; key + 2 * kLanes <= end; key += 2 * kLanes) score<Isa, kRows, 2>(o, head, query, key, scores);
+  if (key < end) score<Isa, kRows, 1>(o, head, query, key, scores);
   float scale[kRows];
   for (int r = 0; r < kRows; ++r) {
-    scale[r] = softmax<Isa>(o, head, query + r, scores + r * o.padded, probabilities + r * o.padded);
+    scale[r] = softmax<Isa>(o, head, query + r, begin, end, scores + r * o.padded, probabilities + r * o.padded);
   }
   std::int64_t column = 0;
-  for (; column + 2 * kLanes <= o.dim; column += 2 * kLanes) weigh<Isa, kRows, 2>(o, head, column, probabilities, scale, y);
-  if (column < o.dim) weigh<Isa, kRows, 1>(o, head, column, probabilities, scale, y);
+  for (; column + 2 * kLanes <= o.dim; column += 2 * kLanes) {
+    weigh<Isa, kRows, 2>(o, head, column, begin, last, probabilities, scale, y);
+  }
+  if (column < o.dim) weigh<Isa, kRows, 1>(o, head, column, begin, last, probabilities, scale, y);
 }
 
 template <class Isa, int kRows = Isa::kRows>
@@ -200,8 +211,8 @@ void attend(const AttentionOperands& o, std::int64_t first, std::int64_t rows, f
 
 template <class Isa>
 constexpr Kernel make_kernel(const char* name) {
-  return {name,           Isa::kLanes,    Isa::kPanels,   Isa::kRows,          quantize<Isa>,
-          multiply<Isa>, normalize<Isa>, activate<Isa>, load_attention<Isa>, attend<Isa>};
+  return {name,          Isa::kLanes,    Isa::kPanels,  Isa::kRows,  quantize<Isa>,
+          multiply<Isa>, normalize<Isa>, activate<Isa>, rotate<Isa>, load_attention<Isa>, attend<Isa>};
 }
 
 }  // namespace

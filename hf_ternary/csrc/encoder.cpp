@@ -81,7 +81,8 @@ void pool(const float* x, std::int64_t tokens, std::int64_t hidden, Pooling pool
 struct Encoder::Block {
   const Sequence* sequences;
   std::int64_t count, tokens, longest;
-  float* x;                       // [tokens, hidden]
+  float* x;                       // [tokens, hidden]: the residual stream
+  float* h;                       // [tokens, hidden]: its norm, which the next product reads; post-norm: x itself
   std::int64_t* start;            // [count + 1]: first token of each sequence
   AttentionOperands* attention;   // [count]
 };
@@ -99,21 +100,25 @@ Encoder::Linear::Linear(const Kernel& kernel, const LinearSource& s)
   if (s.bias) bias.assign(s.bias, s.bias + s.outputs);
 }
 
-Encoder::NormWeights::NormWeights(const NormSource& source, std::int64_t n, float eps)
-    : weight(source.weight, source.weight + n), bias(source.bias, source.bias + n), epsilon(eps) {}
+Encoder::NormWeights::NormWeights(const NormSource& source, std::int64_t n, float eps) : bias(n), epsilon(eps) {
+  if (source.weight) weight.assign(source.weight, source.weight + n);
+  if (source.bias) bias.assign(source.bias, source.bias + n);
+}
 
 Encoder::Encoder(const Kernel& kernel, const EncoderOptions& options)
     : kernel_(kernel),
       options_(options),
       dim_(round_up(options.hidden / options.heads, kernel.lanes)),
-      norm_(options.norm, options.hidden, options.epsilon) {
-  if (options.bias) bias_.assign(options.bias, options.bias + options.heads * (2 * options.bias_reach + 1));
+      norm_(options.norm, options.hidden, options.epsilon),
+      first_norm_(options.first_norm, options.hidden, options.epsilon) {
+  if (options.bias) bias_.assign(options.bias, options.bias + options.heads * (2 * options.reach + 1));
 }
 
 void Encoder::add_layer(const LayerSource& s) {
   const auto linear = [&](const LinearSource& source) { return Linear(kernel_, source); };
   const auto norm = [&](const NormSource& source) { return NormWeights(source, options_.hidden, options_.epsilon); };
-  layers_.push_back({linear(s.qkv), linear(s.out), linear(s.up), linear(s.down), norm(s.attention_norm), norm(s.output_norm)});
+  layers_.push_back({linear(s.qkv), linear(s.out), linear(s.up), linear(s.down), norm(s.attention_norm), norm(s.output_norm),
+                     s.window, s.rotation});
   for (const Linear* l : {&layers_.back().qkv, &layers_.back().out, &layers_.back().up, &layers_.back().down}) {
     widest_input_ = std::max(widest_input_, l->weight.view().padded_inputs());
     most_groups_ = std::max(most_groups_, l->weight.view().groups);
@@ -122,17 +127,20 @@ void Encoder::add_layer(const LayerSource& s) {
 
 bool Encoder::fits(const Sequence& sequence) const {
   const auto has = [](const Table& table, std::int64_t row) { return row >= 0 && row < table.rows; };
-  if (!bias_.empty() && sequence.length > options_.bias_reach) return false;
+  if (sequence.length > options_.reach) return false;
+  if (sequence.states) return true;
   return for_each_token(sequence, options_.padding_id,
                         [&](std::int64_t, std::int64_t id, std::int64_t type, std::int64_t position) {
-                          return has(options_.tokens, id) && has(options_.positions, position) &&
+                          return has(options_.tokens, id) &&
+                                 (options_.positions.rows == 0 || has(options_.positions, position)) &&
                                  (options_.types.rows == 0 ? type == 0 : has(options_.types, type));
                         });
 }
 
 Encoder::Block Encoder::carve_block(Scratch& scratch, const Sequence* sequences, std::int64_t count, bool fill) const {
   const std::int64_t lanes = kernel_.lanes, heads = options_.heads;
-  Block block{sequences, count, 0, 0, nullptr, scratch.take<std::int64_t>(count + 1), scratch.take<AttentionOperands>(count)};
+  Block block{sequences, count,   0, 0, nullptr, nullptr, scratch.take<std::int64_t>(count + 1),
+              scratch.take<AttentionOperands>(count)};
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t tokens = sequences[i].length, padded = round_up(tokens, lanes);
     const AttentionOperands operands{heads,
@@ -147,7 +155,8 @@ Encoder::Block Encoder::carve_block(Scratch& scratch, const Sequence* sequences,
                                      scratch.take<std::int16_t>(heads * padded * dim_),
                                      scratch.take<float>(heads * padded),
                                      bias_.empty() ? nullptr : bias_.data(),
-                                     options_.bias_reach};
+                                     options_.reach,
+                                     {}};
     if (fill) {
       block.start[i] = block.tokens;
       block.attention[i] = operands;
@@ -160,11 +169,12 @@ Encoder::Block Encoder::carve_block(Scratch& scratch, const Sequence* sequences,
   }
   if (fill) block.start[count] = block.tokens;
   block.x = scratch.take<float>(block.tokens * options_.hidden);
+  block.h = options_.pre_norm ? scratch.take<float>(block.tokens * options_.hidden) : block.x;
   return block;
 }
 
 Encoder::Slice Encoder::carve_slice(Scratch& scratch, std::int64_t rows, std::int64_t longest) const {
-  const std::int64_t wide = std::max(3 * options_.hidden, options_.intermediate);
+  const std::int64_t wide = std::max(3 * options_.hidden, (options_.gated ? 2 : 1) * options_.intermediate);
   return {scratch.take<float>(rows * wide),
           scratch.take<float>(rows * options_.hidden),
           {scratch.take<std::int8_t>(rows * widest_input_), scratch.take<std::int32_t>(rows * most_groups_),
@@ -186,20 +196,28 @@ void Encoder::for_each_part(const Block& block, std::int64_t begin, std::int64_t
 
 void Encoder::embed(const Block& block, std::int64_t begin, std::int64_t end) const {
   const std::int64_t hidden = options_.hidden;
-  std::fill(block.x + begin * hidden, block.x + end * hidden, 0.0f);
+  float* const start = block.x + begin * hidden;
+  std::fill(start, block.x + end * hidden, 0.0f);
   for_each_part(block, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t row, std::int64_t rows) {
-    for_each_token(block.sequences[i], options_.padding_id,
+    const Sequence& sequence = block.sequences[i];
+    if (sequence.states) {
+      std::memcpy(block.x + row * hidden, sequence.states + first * hidden, rows * hidden * sizeof(float));
+      return;
+    }
+    for_each_token(sequence, options_.padding_id,
                    [&](std::int64_t token, std::int64_t id, std::int64_t type, std::int64_t position) {
                      if (token < first) return true;
                      if (token >= first + rows) return false;
                      float* x = block.x + (row + token - first) * hidden;
                      add_row(options_.tokens, id, x, hidden);
                      if (options_.types.rows) add_row(options_.types, type, x, hidden);
-                     add_row(options_.positions, position, x, hidden);
+                     if (options_.positions.rows) add_row(options_.positions, position, x, hidden);
                      return true;
                    });
   });
-  kernel_.normalize(block.x + begin * hidden, nullptr, end - begin, hidden, norm_.view());
+  kernel_.normalize(start, nullptr, end - begin, hidden, norm_.view(), start);
+  if (!options_.pre_norm) return;
+  kernel_.normalize(start, nullptr, end - begin, hidden, first_norm_.view(), block.h + begin * hidden);
 }
 
 void Encoder::multiply(const Linear& linear, const float* x, std::int64_t rows, const Slice& slice, float* y) const {
@@ -212,25 +230,32 @@ void Encoder::multiply(const Linear& linear, const float* x, std::int64_t rows, 
 void Encoder::begin_layer(const Layer& layer, const Block& block, std::int64_t begin, std::int64_t end,
                           const Slice& slice) const {
   const std::int64_t hidden = options_.hidden;
-  multiply(layer.qkv, block.x + begin * hidden, end - begin, slice, slice.wide);
+  multiply(layer.qkv, block.h + begin * hidden, end - begin, slice, slice.wide);
   for_each_part(block, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t row, std::int64_t rows) {
-    kernel_.load_attention(slice.wide + (row - begin) * 3 * hidden, first, rows, block.attention[i]);
+    const AttentionOperands& operands = block.attention[i];
+    float* qkv = slice.wide + (row - begin) * 3 * hidden;
+    if (layer.rotation) {
+      kernel_.rotate(qkv, rows, operands.heads, operands.head_dim, layer.rotation + first * operands.head_dim);
+    }
+    kernel_.load_attention(qkv, first, rows, operands);
   });
 }
 
 void Encoder::finish_layer(const Layer& layer, const Block& block, std::int64_t begin, std::int64_t end,
                            const Slice& slice) const {
   const std::int64_t hidden = options_.hidden, n = end - begin;
-  float* x = block.x + begin * hidden;
+  float *x = block.x + begin * hidden, *h = block.h + begin * hidden;
   for_each_part(block, begin, end, [&](std::int64_t i, std::int64_t first, std::int64_t row, std::int64_t rows) {
-    kernel_.attend(block.attention[i], first, rows, slice.wide + (row - begin) * hidden, slice.attention);
+    AttentionOperands operands = block.attention[i];
+    operands.window = layer.window;
+    kernel_.attend(operands, first, rows, slice.wide + (row - begin) * hidden, slice.attention);
   });
   multiply(layer.out, slice.wide, n, slice, slice.narrow);
-  kernel_.normalize(x, slice.narrow, n, hidden, layer.attention_norm.view());
-  multiply(layer.up, x, n, slice, slice.wide);
-  kernel_.activate(options_.activation, slice.wide, n * options_.intermediate);
+  kernel_.normalize(x, slice.narrow, n, hidden, layer.attention_norm.view(), h);
+  multiply(layer.up, h, n, slice, slice.wide);
+  kernel_.activate(options_.activation, options_.gated, slice.wide, n, options_.intermediate);
   multiply(layer.down, slice.wide, n, slice, slice.narrow);
-  kernel_.normalize(x, slice.narrow, n, hidden, layer.output_norm.view());
+  kernel_.normalize(x, slice.narrow, n, hidden, layer.output_norm.view(), h);
 }
 
 void Encoder::encode(const Block& block, const Slice* slices, std::int64_t count, int threads, Pooling pooling,
@@ -250,7 +275,7 @@ void Encoder::encode(const Block& block, const Slice* slices, std::int64_t count
     });
   }
   for (std::int64_t i = 0; i < block.count; ++i) {
-    const float* x = block.x + block.start[i] * options_.hidden;
+    const float* x = block.h + block.start[i] * options_.hidden;
     const Sequence& s = block.sequences[i];
     if (pooling == Pooling::none) std::memcpy(s.out, x, s.length * options_.hidden * sizeof(float));
     else pool(x, s.length, options_.hidden, pooling, normalize, s.out);

@@ -1,5 +1,9 @@
-// A whole transformer encoder in one call: token ids in, hidden states or pooled embeddings out.
+// A whole transformer encoder in one call: token ids or embedded tokens in, hidden states or pooled embeddings out.
 //
+// Every kind of layer is the same chain of steps: qkv product, rotation (RoPE), attention in a window, out product, residual
+// sum, norm, up product, activation (gated or not), down product, residual sum, norm. What a product reads is the norm of the
+// residual stream. In a post-norm encoder the norm also replaces the stream; in a pre-norm one it does not, and a layer's
+// first norm, which belongs to that layer's parameters, is here the last norm of the layer before.
 // How: tokens of all sequences lie one after the other, without padding. Rows are cut into slices that stay in the L2 cache
 // while they pass through a layer: quantize -> product -> row function -> quantize -> ...; a sequence's attention waits for
 // all its slices. A batch is cut into blocks of whole sequences, each encoded by one thread from the first layer to the
@@ -34,32 +38,36 @@ struct LinearSource {
 };
 
 struct NormSource {
-  const float* weight;   // [hidden], read once
-  const float* bias;
+  const float* weight;   // [hidden], read once; null: no norm
+  const float* bias;     // [hidden], or null: zeros
 };
 
 struct LayerSource {
-  LinearSource qkv, out, up, down;
-  NormSource attention_norm, output_norm;
+  LinearSource qkv, out, up, down;          // up has 2 * intermediate outputs if the MLP is gated
+  NormSource attention_norm, output_norm;   // of the residual stream after attention and after the MLP
+  Window window;
+  const float* rotation;                    // [reach, head_dim] (see Kernel::rotate; borrowed), or null
 };
 
 struct EncoderOptions {
   std::int64_t hidden, heads, intermediate;
   Activation activation;
+  bool gated, pre_norm;
   float epsilon;
   std::int64_t padding_id;   // >= 0: positions count tokens other than this one, from padding_id + 1 on; < 0: columns
-  Table tokens, positions, types;   // types may have no rows
-  NormSource norm;
-  const float* bias;         // [heads, 2 * bias_reach + 1] added to the scores by distance (read once), or null
-  std::int64_t bias_reach;
+  Table tokens, positions, types;   // without rows: not there
+  NormSource norm, first_norm;      // of the embeddings, and of these before the first layer of a pre-norm encoder
+  const float* bias;         // [heads, 2 * reach + 1] added to the scores by distance (read once), or null
+  std::int64_t reach;        // tokens of the longest sequence that `bias` and the rotations serve
 };
 
 enum class Pooling { none, mean, first };
 
-// Tokens that see each other: columns [begin, begin + length) of a row of ids.
+// Tokens that see each other: columns [begin, begin + length) of a row of ids, or as many embedded tokens.
 struct Sequence {
   const std::int64_t* ids;     // the whole row
   const std::int64_t* types;   // the whole row, or null: zeros
+  const float* states;         // [length, hidden] instead of ids, or null
   std::int64_t begin, length;
   float* out;                  // [length, hidden], or [hidden] if pooled
 };
@@ -87,13 +95,15 @@ class Encoder {
   };
   struct NormWeights {
     NormWeights(const NormSource& source, std::int64_t n, float epsilon);
-    Norm view() const { return {weight.data(), bias.data(), epsilon}; }
+    Norm view() const { return {weight.empty() ? nullptr : weight.data(), bias.data(), epsilon}; }
     std::vector<float> weight, bias;
     float epsilon;
   };
   struct Layer {
     Linear qkv, out, up, down;
     NormWeights attention_norm, output_norm;
+    Window window;
+    const float* rotation;
   };
   struct Block;
   struct Slice;
@@ -113,7 +123,7 @@ class Encoder {
   const Kernel& kernel_;
   EncoderOptions options_;
   std::int64_t dim_;   // of a head, padded to whole vectors
-  NormWeights norm_;
+  NormWeights norm_, first_norm_;
   std::vector<float> bias_;
   std::vector<Layer> layers_;
   std::int64_t widest_input_ = 0, most_groups_ = 1;

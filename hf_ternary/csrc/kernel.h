@@ -40,12 +40,17 @@ struct Output {
 };
 
 struct Norm {
-  const float* weight;   // [n]
+  const float* weight;   // [n], or null: the identity
   const float* bias;     // [n]
   float epsilon;
 };
 
-enum class Activation { gelu, gelu_tanh, relu };
+enum class Activation { gelu, gelu_tanh, quick_gelu, silu, relu };
+
+// The keys that a query sees, apart from those that do not exist: from `before` tokens before it to `after` tokens after it.
+struct Window {
+  std::int64_t before, after;
+};
 
 // Attention computes with int16 operands and int32 sums: exact, so that no order of tiles or threads shows, and twice as many
 // multiply-adds an instruction as float32. Every head of every token has a scale of its own. Keys are padded to whole
@@ -61,6 +66,10 @@ struct AttentionOperands {
   float* value_scale;             // [heads][padded], 0 beyond tokens
   const float* bias;              // [heads][2 * bias_reach + 1] added to the scores at distance key - query, or null
   std::int64_t bias_reach;        // at least tokens - 1
+  Window window;
+
+  std::int64_t first_key(std::int64_t query) const { return query > window.before ? query - window.before : 0; }
+  std::int64_t end_key(std::int64_t query) const { return tokens - query > window.after ? query + window.after + 1 : tokens; }
 };
 
 struct Kernel {
@@ -77,11 +86,15 @@ struct Kernel {
   void (*multiply)(const WeightView& weight, const QuantizedRows& x, std::int64_t rows, std::int64_t strip_begin,
                    std::int64_t strip_end, const Output& out, std::uint8_t* scratch);
 
-  // x[rows, n] = layer norm of x + y, or of x if y is null.
-  void (*normalize)(float* x, const float* y, std::int64_t rows, std::int64_t n, const Norm& norm);
+  // x[rows, n] += y unless y is null; out[rows, n] = layer norm of x. `out` may be x.
+  void (*normalize)(float* x, const float* y, std::int64_t rows, std::int64_t n, const Norm& norm, float* out);
 
-  // x[n] = activation(x[n])
-  void (*activate)(Activation activation, float* x, std::int64_t n);
+  // x[rows, n] = activation(x[rows, n]); gated: x[rows, n] = activation(left half) * right half of x[rows, 2 * n].
+  void (*activate)(Activation activation, bool gated, float* x, std::int64_t rows, std::int64_t n);
+
+  // Rotates the queries and keys in rows of [query | key | value], float32 [rows, 3 * heads * head_dim], by their positions
+  // (RoPE, arXiv:2104.09864): `rotation` float32 [rows, head_dim] holds cosines, then sines, of a half's angles.
+  void (*rotate)(float* qkv, std::int64_t rows, std::int64_t heads, std::int64_t head_dim, const float* rotation);
 
   // Quantizes rows of [query | key | value], float32 [rows, 3 * heads * head_dim], which are the tokens from `first` on.
   void (*load_attention)(const float* qkv, std::int64_t first, std::int64_t rows, const AttentionOperands& out);

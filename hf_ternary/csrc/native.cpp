@@ -55,6 +55,8 @@ Table table(const TableTuple& t) {
 Activation activation(const std::string& name) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "quick_gelu") return Activation::quick_gelu;
+  if (name == "silu") return Activation::silu;
   if (name == "relu") return Activation::relu;
   throw nb::value_error(("activation '" + name + "' is unknown").c_str());
 }
@@ -83,23 +85,26 @@ std::pair<std::int64_t, std::int64_t> find_run(const std::int64_t* mask, std::in
   return {begin, end};
 }
 
-// ids, types and mask int64 [rows, columns], the last two may be null; y float32 [rows, columns, hidden], zero where masked.
+// ids, types and mask int64 [rows, columns], the last two may be null; or states float32 [rows, columns, hidden] instead of ids
+// and types; y float32 [rows, columns, hidden], zero where masked.
 // False, and y unwritten: an id out of range, an empty row, or a mask that is no run of ones in each row.
-bool hidden_states(const Encoder& encoder, const std::int64_t* ids, const std::int64_t* types, const std::int64_t* mask,
-                   std::int64_t rows, std::int64_t columns, float* y, int threads) {
+bool hidden_states(const Encoder& encoder, const std::int64_t* ids, const std::int64_t* types, const float* states,
+                   const std::int64_t* mask, std::int64_t rows, std::int64_t columns, float* y, int threads) {
+  const std::int64_t hidden = encoder.hidden();
   std::vector<Sequence> sequences;
   sequences.reserve(rows);
   for (std::int64_t r = 0; r < rows; ++r) {
     const std::int64_t row = r * columns;
     const auto [begin, end] = mask ? find_run(mask + row, columns) : std::pair<std::int64_t, std::int64_t>(0, columns);
     if (begin == end) return false;
-    sequences.push_back({ids + row, types ? types + row : nullptr, begin, end - begin, y + (row + begin) * encoder.hidden()});
+    sequences.push_back({ids ? ids + row : nullptr, types ? types + row : nullptr,
+                         states ? states + (row + begin) * hidden : nullptr, begin, end - begin, y + (row + begin) * hidden});
   }
   if (!all_fit(encoder, sequences)) return false;
-  for (const Sequence& s : sequences) {
-    float* const first = y + (s.ids - ids) * encoder.hidden();
-    std::fill(first, s.out, 0.0f);
-    std::fill(s.out + s.length * encoder.hidden(), first + columns * encoder.hidden(), 0.0f);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const Sequence& s = sequences[r];
+    std::fill(y + r * columns * hidden, s.out, 0.0f);
+    std::fill(s.out + s.length * hidden, y + (r + 1) * columns * hidden, 0.0f);
   }
   encoder.run(sequences, Pooling::none, false, threads);
   return true;
@@ -113,7 +118,7 @@ bool embeddings(const Encoder& encoder, const std::int64_t* ids, const std::int6
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t first = offsets[i];
     sequences.push_back(
-        {ids + first, types ? types + first : nullptr, 0, offsets[i + 1] - first, y + i * encoder.hidden()});
+        {ids + first, types ? types + first : nullptr, nullptr, 0, offsets[i + 1] - first, y + i * encoder.hidden()});
   }
   if (!all_fit(encoder, sequences)) return false;
   encoder.run(sequences, how, normalize, threads);
@@ -167,32 +172,36 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Encoder* self, const std::string& backend, std::int64_t hidden, std::int64_t heads, std::int64_t intermediate,
-             const std::string& act, float epsilon, std::int64_t padding_id, const TableTuple& tokens,
-             const TableTuple& positions, const TableTuple& types, const NormTuple& norm, std::uintptr_t bias,
-             std::int64_t bias_reach) {
+             const std::string& act, bool gated, bool pre_norm, float epsilon, std::int64_t padding_id,
+             const TableTuple& tokens, const TableTuple& positions, const TableTuple& types, const NormTuple& norm,
+             const NormTuple& first_norm, std::uintptr_t bias, std::int64_t reach) {
             new (self) Encoder(usable_kernel(backend),
-                               {hidden, heads, intermediate, activation(act), epsilon, padding_id, table(tokens),
-                                table(positions), table(types), norm_source(norm), at<const float>(bias), bias_reach});
+                               {hidden, heads, intermediate, activation(act), gated, pre_norm, epsilon, padding_id,
+                                table(tokens), table(positions), table(types), norm_source(norm), norm_source(first_norm),
+                                at<const float>(bias), reach});
           },
-          "backend"_a, "hidden"_a, "heads"_a, "intermediate"_a, "activation"_a, "epsilon"_a, "padding_id"_a, "tokens"_a,
-          "positions"_a, "types"_a, "norm"_a, "bias"_a, "bias_reach"_a)
+          "backend"_a, "hidden"_a, "heads"_a, "intermediate"_a, "activation"_a, "gated"_a, "pre_norm"_a, "epsilon"_a,
+          "padding_id"_a, "tokens"_a, "positions"_a, "types"_a, "norm"_a, "first_norm"_a, "bias"_a, "reach"_a)
       .def(
           "add_layer",
           [](Encoder& self, const LinearTuple& qkv, const LinearTuple& out, const LinearTuple& up, const LinearTuple& down,
-             const NormTuple& attention_norm, const NormTuple& output_norm) {
+             const NormTuple& attention_norm, const NormTuple& output_norm, std::int64_t before, std::int64_t after,
+             std::uintptr_t rotation) {
             nb::gil_scoped_release release;
             self.add_layer({linear_source(qkv), linear_source(out), linear_source(up), linear_source(down),
-                            norm_source(attention_norm), norm_source(output_norm)});
+                            norm_source(attention_norm), norm_source(output_norm), {before, after},
+                            at<const float>(rotation)});
           },
-          "qkv"_a, "out"_a, "up"_a, "down"_a, "attention_norm"_a, "output_norm"_a)
+          "qkv"_a, "out"_a, "up"_a, "down"_a, "attention_norm"_a, "output_norm"_a, "before"_a, "after"_a, "rotation"_a)
       .def(
           "hidden_states",
-          [](const Encoder& self, std::uintptr_t ids, std::uintptr_t types, std::uintptr_t mask, std::int64_t rows,
-             std::int64_t columns, std::uintptr_t y, int threads) {
-            return hidden_states(self, at<const std::int64_t>(ids), at<const std::int64_t>(types),
+          [](const Encoder& self, std::uintptr_t ids, std::uintptr_t types, std::uintptr_t states, std::uintptr_t mask,
+             std::int64_t rows, std::int64_t columns, std::uintptr_t y, int threads) {
+            return hidden_states(self, at<const std::int64_t>(ids), at<const std::int64_t>(types), at<const float>(states),
                                  at<const std::int64_t>(mask), rows, columns, at<float>(y), threads);
           },
-          nb::call_guard<nb::gil_scoped_release>(), "ids"_a, "types"_a, "mask"_a, "rows"_a, "columns"_a, "y"_a, "threads"_a)
+          nb::call_guard<nb::gil_scoped_release>(), "ids"_a, "types"_a, "states"_a, "mask"_a, "rows"_a, "columns"_a, "y"_a,
+          "threads"_a)
       .def(
           "embeddings",
           [](const Encoder& self, std::uintptr_t ids, std::uintptr_t types, std::uintptr_t offsets, std::int64_t count,

@@ -27,9 +27,9 @@ inline float square_root(float x) {
 }
 
 template <class Isa>
-void normalize(float* x, const float* y, std::int64_t rows, std::int64_t n, const Norm& norm) {
+void normalize(float* x, const float* y, std::int64_t rows, std::int64_t n, const Norm& norm, float* out) {
   const float count = static_cast<float>(n);
-  for (std::int64_t r = 0; r < rows; ++r, x += n) {
+  for (std::int64_t r = 0; r < rows; ++r, x += n, out += n) {
     auto sum = Isa::fill(0.0f);
     for (std::int64_t k = 0; k < n; k += Isa::kLanes) {
       auto v = load_some<Isa>(x + k, n - k);
@@ -40,19 +40,23 @@ void normalize(float* x, const float* y, std::int64_t rows, std::int64_t n, cons
       sum = Isa::add(sum, v);
     }
     if (y) y += n;
+    if (!norm.weight) {
+      if (out != x) std::memcpy(out, x, n * sizeof(float));
+      continue;
+    }
     const auto mean = Isa::fill(Isa::reduce_add(sum) / count);
     auto squares = Isa::fill(0.0f);
     for (std::int64_t k = 0; k < n; k += Isa::kLanes) {
       auto v = Isa::sub(load_some<Isa>(x + k, n - k), mean);
-      store_some<Isa>(x + k, v, n - k);
-      if (n - k < Isa::kLanes) v = load_some<Isa>(x + k, n - k);  // lanes that do not exist hold -mean
+      store_some<Isa>(out + k, v, n - k);
+      if (n - k < Isa::kLanes) v = load_some<Isa>(out + k, n - k);  // lanes that do not exist hold -mean
       squares = Isa::mul_add(v, v, squares);
     }
     const auto inverse = Isa::fill(1.0f / square_root(Isa::reduce_add(squares) / count + norm.epsilon));
     for (std::int64_t k = 0; k < n; k += Isa::kLanes) {
-      const auto v = Isa::mul(load_some<Isa>(x + k, n - k), inverse);
+      const auto v = Isa::mul(load_some<Isa>(out + k, n - k), inverse);
       const auto y_k = Isa::mul_add(v, load_some<Isa>(norm.weight + k, n - k), load_some<Isa>(norm.bias + k, n - k));
-      store_some<Isa>(x + k, y_k, n - k);
+      store_some<Isa>(out + k, y_k, n - k);
     }
   }
 }
@@ -97,20 +101,51 @@ HF_TERNARY_INLINE typename Isa::Floats gelu_tanh(typename Isa::Floats x) {
   return Isa::mul(x, Isa::sub(one, Isa::divide(one, Isa::add(exponential<Isa>(twice), one))));
 }
 
+// x / (1 + exp(-steepness x)): SiLU, and CLIP's approximation of GELU
 template <class Isa>
-void activate(Activation activation, float* x, std::int64_t n) {
-  for (std::int64_t k = 0; k < n; k += Isa::kLanes) {
-    const auto v = load_some<Isa>(x + k, n - k);
-    switch (activation) {
-      case Activation::gelu:
-        store_some<Isa>(x + k, gelu<Isa>(v), n - k);
-        break;
-      case Activation::gelu_tanh:
-        store_some<Isa>(x + k, gelu_tanh<Isa>(v), n - k);
-        break;
-      case Activation::relu:
-        store_some<Isa>(x + k, Isa::max(Isa::fill(0.0f), v), n - k);
-        break;
+HF_TERNARY_INLINE typename Isa::Floats silu(typename Isa::Floats x, float steepness) {
+  return Isa::divide(x, Isa::add(exponential<Isa>(Isa::mul(x, Isa::fill(-steepness))), Isa::fill(1.0f)));
+}
+
+template <class Isa>
+HF_TERNARY_INLINE typename Isa::Floats activated(Activation activation, typename Isa::Floats x) {
+  switch (activation) {
+    case Activation::gelu:
+      return gelu<Isa>(x);
+    case Activation::gelu_tanh:
+      return gelu_tanh<Isa>(x);
+    case Activation::quick_gelu:
+      return silu<Isa>(x, 1.702f);
+    case Activation::silu:
+      return silu<Isa>(x, 1.0f);
+    default:
+      return Isa::max(Isa::fill(0.0f), x);  // relu
+  }
+}
+
+template <class Isa>
+void activate(Activation activation, bool gated, float* x, std::int64_t rows, std::int64_t n) {
+  const float* from = x;
+  for (std::int64_t r = 0; r < rows; ++r, x += n, from += gated ? 2 * n : n) {
+    for (std::int64_t k = 0; k < n; k += Isa::kLanes) {
+      auto v = activated<Isa>(activation, load_some<Isa>(from + k, n - k));
+      if (gated) v = Isa::mul(v, load_some<Isa>(from + n + k, n - k));
+      store_some<Isa>(x + k, v, n - k);
+    }
+  }
+}
+
+template <class Isa>
+void rotate(float* qkv, std::int64_t rows, std::int64_t heads, std::int64_t head_dim, const float* rotation) {
+  const std::int64_t half = head_dim / 2;
+  for (std::int64_t r = 0; r < rows; ++r, qkv += 3 * heads * head_dim, rotation += head_dim) {
+    for (float* x = qkv; x < qkv + 2 * heads * head_dim; x += head_dim) {
+      for (std::int64_t k = 0; k < half; k += Isa::kLanes) {
+        const auto cosine = load_some<Isa>(rotation + k, half - k), sine = load_some<Isa>(rotation + half + k, half - k);
+        const auto left = load_some<Isa>(x + k, half - k), right = load_some<Isa>(x + half + k, half - k);
+        store_some<Isa>(x + k, Isa::sub(Isa::mul(left, cosine), Isa::mul(right, sine)), half - k);
+        store_some<Isa>(x + half + k, Isa::add(Isa::mul(right, cosine), Isa::mul(left, sine)), half - k);
+      }
     }
   }
 }
