@@ -1,4 +1,4 @@
-"""The C++ kernels without Python, against plain loops: those of this machine, and NEON under an emulator.
+"""The C++ kernels and encoder without Python, against plain loops: those of this machine, and NEON under an emulator.
 
 The second needs a cross compiler and qemu-user; `make neon-tools` installs both. `make sanitize` runs the first with the
 compiler's checks of memory, undefined behaviour and data races.
@@ -23,7 +23,8 @@ EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 def check_kernels(compiler: str, folder: Path, options: list[str], emulator: list[str]) -> list[str]:
     """Names of the kernels that were checked."""
     program = folder / "kernel_check"
-    sources = [Path(__file__).with_name("kernel_check.cpp"), *(p for p in SOURCES.glob("*.cpp") if p.name != "native.cpp")]
+    checks = [Path(__file__).with_name(name) for name in ("kernel_check.cpp", "encoder_check.cpp")]
+    sources = [*checks, *(p for p in SOURCES.glob("*.cpp") if p.name != "native.cpp")]
     subprocess.run([compiler, *OPTIONS, *options, *map(str, sources), "-o", str(program)], check=True, timeout=250)
     done = subprocess.run([*emulator, str(program)], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout
