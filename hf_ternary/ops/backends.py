@@ -1,13 +1,14 @@
-"""Which kernel computes on this machine's CPU, and why. Does not import torch.
+"""Which kernel computes on this machine's CPU and GPUs, and why. Does not import torch.
 
-The fastest kernel that was compiled and that the CPU can run is chosen at first use. The environment variable
-``HF_TERNARY_BACKEND``, read at that moment, forces one; a forced backend that cannot run here is an error, never replaced.
+The fastest kernel that was compiled and that the CPU can run is chosen at first use; a GPU runs the Triton kernels if it
+can, else the reference. The environment variable ``HF_TERNARY_BACKEND``, read at that moment, forces one: a CPU kernel,
+``triton`` for GPUs, or ``reference`` for both. A forced backend that cannot run here is an error, never replaced.
 """
 
 import os
 import sys
 from functools import cache
-from importlib import import_module
+from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,13 +16,17 @@ from ..version import __version__
 
 VARIABLE = "HF_TERNARY_BACKEND"
 KERNELS = ("avx512vnni", "avxvnni", "avx2", "neon", "scalar")
-ALLOWED = ("auto", "reference", *KERNELS)
+GPU_KERNELS = "triton"
+ALLOWED = ("auto", "reference", *KERNELS, GPU_KERNELS)
+OLDEST_GPU = (8, 0)  # compute capability: int8 and bfloat16 tensor cores
+OLDEST_TRITON = (3, 4)
 
+INSTALL_TRITON = 'pip install "hf_ternary[gpu]"'
 REINSTALL = "pip install --force-reinstall --no-deps --no-binary hf_ternary hf_ternary"
 
 
 class Choice(NamedTuple):
-    """The backend that runs on the CPU (one of :data:`KERNELS`, or ``"reference"``), and why it is that one."""
+    """What runs on a device (one of :data:`KERNELS`, ``"triton"`` or ``"reference"``), and why it is that one."""
 
     backend: str
     forced: bool
@@ -48,22 +53,32 @@ def usable() -> list[str]:
     return [*(name for name, missing in compiled().items() if not missing), "reference"]
 
 
+def requested() -> str:
+    """What ``HF_TERNARY_BACKEND`` asks for, one of :data:`ALLOWED`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    name = os.environ.get(VARIABLE) or "auto"
+    if name not in ALLOWED:
+        raise ValueError(f"{VARIABLE}={name!r} is unknown: use {', '.join(ALLOWED)}")
+    return name
+
+
 @cache
 def choose() -> Choice:
-    """The backend for this process, decided once.
+    """The backend for this process's CPU tensors, decided once.
 
     Raises:
         ValueError: ``HF_TERNARY_BACKEND`` holds an unknown name, or a kernel that this CPU cannot run.
         ImportError: it holds a kernel that is not in this build.
     """
-    forced = os.environ.get(VARIABLE, "auto") or "auto"
-    if forced == "auto":
+    forced = requested()
+    if forced in ("auto", GPU_KERNELS):
         backend = usable()[0]
         if native() is None:
             return Choice(backend, False, "the C++ kernels are not built")
         return Choice(backend, False, "the fastest that this build has and this CPU can run")
-    if forced not in ALLOWED:
-        raise ValueError(f"{VARIABLE}={forced!r} is unknown: use {', '.join(ALLOWED)}")
     if forced != "reference":
         _check_usable(forced)
     return Choice(forced, True, f"forced by {VARIABLE}")
@@ -81,12 +96,58 @@ def _check_usable(backend: str) -> None:
     raise ValueError(f"{VARIABLE}={backend}: this CPU lacks {missing}. {available}")
 
 
+@cache
+def choose_gpu(device: int) -> Choice:
+    """The backend for tensors on a CUDA device, decided once. torch is imported already.
+
+    Raises:
+        ValueError: ``HF_TERNARY_BACKEND`` forces Triton, which cannot run on this device.
+        ImportError: it forces Triton, which is not installed or too old.
+    """
+    forced = requested()
+    if forced == "reference":
+        return Choice("reference", True, f"forced by {VARIABLE}")
+    missing = _missing_triton()
+    obstacle = missing or _unfit(device)
+    if forced != GPU_KERNELS:
+        return Choice("reference", False, obstacle) if obstacle else Choice(GPU_KERNELS, False, "this GPU can run it")
+    if missing:
+        raise ImportError(f"{VARIABLE}={GPU_KERNELS}: {missing}. Fix: {INSTALL_TRITON}")
+    if obstacle:
+        raise ValueError(f"{VARIABLE}={GPU_KERNELS}: {obstacle}. Fix: unset it")
+    return Choice(GPU_KERNELS, True, f"forced by {VARIABLE}")
+
+
+def _missing_triton() -> str:
+    """Why Triton cannot be used, or an empty string."""
+    try:
+        found = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "Triton is not installed"
+    old = tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON
+    return f"Triton {found} is older than {'.'.join(map(str, OLDEST_TRITON))}" if old else ""
+
+
+def _unfit(device: int) -> str:
+    """Why the device cannot run the kernels, or an empty string."""
+    torch = sys.modules["torch"]
+    if torch.version.hip:
+        return "the kernels are written for NVIDIA GPUs"
+    if not 0 <= device < torch.cuda.device_count():
+        return f"torch sees no CUDA device {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return f"its compute capability is {'{}.{}'.format(*capability)}, and the kernels need {'{}.{}'.format(*OLDEST_GPU)}"
+    return ""
+
+
 def capabilities() -> dict[str, Any]:
-    """What computes on this machine's CPU, and what else could.
+    """What computes on this machine, and what else could.
 
     Returns:
-        ``version``; ``backend``, the one in use, with its ``reason`` and whether it was ``forced``; ``compiled`` and
-        ``usable``, backend names, fastest first; ``cpu``, instruction sets that matter; ``threads`` that a call uses.
+        Of the CPU: ``version``; ``backend``, the one in use, with its ``reason`` and whether it was ``forced``; ``compiled``
+        and ``usable``, backend names, fastest first; ``cpu``, instruction sets that matter; ``threads`` that a call uses.
+        ``gpus``: ``name``, ``backend`` and ``reason`` of every CUDA device, if torch is imported.
 
     Raises:
         ValueError, ImportError: as :func:`choose`.
@@ -101,4 +162,10 @@ def capabilities() -> dict[str, Any]:
         "usable": usable(),
         "cpu": module.cpu_features() if module else [],
         "threads": torch.get_num_threads() if torch else os.cpu_count(),
+        "gpus": [_gpu(torch, device) for device in range(torch.cuda.device_count())] if torch else [],
     }
+
+
+def _gpu(torch: ModuleType, device: int) -> dict[str, str]:
+    choice = choose_gpu(device)
+    return {"name": torch.cuda.get_device_name(device), "backend": choice.backend, "reason": choice.reason}

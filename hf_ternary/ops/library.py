@@ -1,6 +1,8 @@
 """``hf_ternary::linear`` as torch knows it: schema, fake tensors, autograd, and an implementation for every device."""
 
 import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +27,25 @@ elif not _choice.forced:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+@cache
+def _on_gpu(device: int) -> Callable[..., torch.Tensor]:
+    """What computes on a CUDA device; Triton is imported when that is it."""
+    if backends.choose_gpu(device).backend == "reference":
+        return reference.linear
+    from . import triton
+
+    return triton.linear
+
+
+def _cuda(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return _on_gpu(max(x.get_device(), weight.get_device()))(x, weight, *rest)
+
+
+if backends.requested() == backends.GPU_KERNELS:
+    backends.choose_gpu(0)  # raises where it cannot run
+_library.impl("linear", _cuda, "CUDA")
 
 
 @torch.library.register_fake("hf_ternary::linear", lib=_library)

@@ -1,26 +1,17 @@
 """The C++ kernels behind ``hf_ternary::linear`` on the CPU.
 
-A kernel reads its own memory layout, made from the canonical one when a weight is first used and kept beside it, outside the
-tensor: it is not saved, copied or pickled with a module, it is made anew when the weight or its scale is replaced or written
-to, and it goes when the weight goes. Writes that torch itself cannot see (through ``.data`` or numpy) are not noticed.
+A kernel reads its own memory layout, which :mod:`.layouts` keeps beside the canonical one.
 """
 
 import ctypes
 import math
-import weakref
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from . import backends, reference
-
-
-class _Entry(NamedTuple):
-    weight: Any  # weakref.ref
-    scale: Any  # weakref.ref
-    state: tuple[int, ...]
-    packed: Any  # _native.PackedWeight
+from .layouts import LayoutCache
 
 
 def _share_torch_threads(module: Any) -> None:
@@ -34,10 +25,6 @@ def _share_torch_threads(module: Any) -> None:
     module.share_openmp(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 class NativeLinear:
     """``hf_ternary::linear`` by the kernel ``backend`` (one of :func:`.backends.usable`)."""
 
@@ -46,7 +33,7 @@ class NativeLinear:
         assert module is not None
         self.backend, self._native = backend, module
         _share_torch_threads(module)
-        self._entries: dict[int, _Entry] = {}
+        self._packed = LayoutCache(self._pack)
 
     def __call__(
         self,
@@ -75,17 +62,8 @@ class NativeLinear:
         )
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
-    def _packed(self, weight: torch.Tensor, scale: torch.Tensor, in_features: int) -> Any:
-        """The weight in the kernel's layout, from the cache if nothing has changed since."""
-        state = (weight.data_ptr(), _version(weight), scale.data_ptr(), _version(scale), in_features)
-        entry = self._entries.get(id(weight))
-        if entry is not None and entry.state == state and entry.weight() is weight and entry.scale() is scale:
-            return entry.packed
-        reference.check_weight(weight, scale, in_features)
+    def _pack(self, weight: torch.Tensor, scale: torch.Tensor, in_features: int) -> Any:
         codes, dense_scale = weight.contiguous(), scale.contiguous()
-        packed = self._native.PackedWeight(
+        return self._native.PackedWeight(
             self.backend, codes.data_ptr(), dense_scale.data_ptr(), weight.shape[0], in_features, scale.shape[1]
         )
-        entries, key = self._entries, id(weight)
-        entries[key] = _Entry(weakref.ref(weight, lambda _: entries.pop(key, None)), weakref.ref(scale), state, packed)
-        return packed

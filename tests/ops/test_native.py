@@ -226,10 +226,10 @@ class TestLayoutCache:
     def test_goes_with_the_weight(self, kernel: native.NativeLinear) -> None:
         weight, scale, bias = make_layer(10, 30)
         kernel(torch.randn(2, 30), weight, scale, bias)
-        assert len(kernel._entries) == 1
+        assert len(kernel._packed.entries) == 1
         del weight
         gc.collect()
-        assert not kernel._entries
+        assert not kernel._packed.entries
 
     def test_is_no_part_of_the_tensor(self, kernel: native.NativeLinear) -> None:
         weight, scale, bias = make_layer(10, 30)
