@@ -78,6 +78,39 @@ def kernels() -> str:
     )
 
 
+def encoder() -> str:
+    """Whole encoders with all threads: speed, start-up, memory, size and fidelity of each contender."""
+    result = results("encoder-all-MiniLM-L6-v2")
+    run = max(result["runs"], key=lambda run: run["threads"])
+    work = result["workloads"]
+
+    def speed(contender: dict[str, Any], name: str) -> str:
+        milliseconds = contender["milliseconds"][name]["median"]
+        number = f"{milliseconds:.2f}" if name == "query" else f"{1e3 * work[name]['texts'] / milliseconds:,.0f}"
+        return f"{number} ({contender['times_slower'][name]['median']:.2f})"
+
+    def row(contender: dict[str, Any]) -> list[str]:
+        start, cosine = contender["start_seconds"]["median"], contender["cosine"]
+        sizes = [f"{n / 1e6:.1f}" if n else "" for n in (contender["peak_bytes"]["median"], contender["bytes"])]
+        speeds = [speed(contender, name) for name in work]
+        return [contender["name"], *speeds, f"{start:.2f}", *sizes, f"{cosine:.3f}" if cosine else ""]
+
+    kept = results("eval-all-MiniLM-L6-v2-ternary")["summary"]["all"]
+    lengths = [f"{workload['tokens'] / workload['texts']:.0f}" for workload in work.values()]
+    shares = [f"{100 * rate / run['peak_gmacs']:.0f} %" for rate in run["gmacs"].values()]
+    note = (
+        f"One query, {work['short']['texts']:,} sentences, {work['passage']['texts']} passages, of {', '.join(lengths[:2])} "
+        f"and {lengths[2]} tokens on average, tokenizer included; in brackets, times as slow as ternary, the median of "
+        f"{result['rounds']} turns. Start (to the first embedding) and peak memory are of fresh processes, medians of "
+        f"{result['starts']}. Rows without sentence-transformers use `tokenizers`, the runtime and numpy. Cosine to the "
+        f"float32 model on these texts; the ternary model keeps {100 * kept['retention']:.1f} % of its score on "
+        f"{kept['tasks']} tasks. Its linear layers are {', '.join(shares[:2])} and {shares[2]} of the multiply-adds that "
+        f"vpdpbusd can do in the time of the whole call. {run['threads']} threads, {setting(result)}."
+    )
+    header = ["", "query, ms", "sentences/s", "passages/s", "start, s", "memory, MB", "file, MB", "cosine"]
+    return markdown(header, map(row, run["contenders"]), note)
+
+
 def ablation() -> str:
     """One row a change to the recipe, same budget and seed."""
     runs = {path.stem: results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob("ablation-*.json"))}
@@ -103,7 +136,60 @@ def distill_step() -> str:
     return markdown(["step", "tokens a second"], rows, note)
 
 
-TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (summary, kernels, ablation, distill_step)}
+def ann() -> str:
+    """The teacher with exact search, then the student with each index, at the setting that gives the best recall."""
+    runs = [results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob("ann-*.json"))]
+    rows: list[list[str]] = []
+    for run in runs:
+        teacher, student = (model["indexes"] for model in run["models"])
+        best: dict[str, dict[str, Any]] = {}
+        for point in student:  # the fastest of those within 0.005 of the best
+            kept = best.setdefault(point["index"], point)
+            if point["recall_at_10"] > kept["recall_at_10"] + 0.005:
+                best[point["index"]] = point
+        rows.append([f"**{run['corpus']}**, {run['documents']:,} texts, {run['queries']:,} queries", *[""] * 5])
+        for name, point in [("float32", teacher[0]), *(("ternary", point) for point in best.values())]:
+            score, exact = point.get("ndcg_at_10"), teacher[0].get("ndcg_at_10")
+            rows.append(
+                [
+                    f"{name}, {point['index']} {point['setting']}".strip(),
+                    f"{point['recall_at_10']:.3f}",
+                    f"{100 * score:.1f}" if score else "",
+                    f"{100 * score / exact:.1f} %" if score and exact else "",
+                    f"{point['total_ms']:.2f} ({teacher[0]['total_ms'] / point['total_ms']:.1f}x)",
+                    f"{point['total_bytes'] / 1e6:.1f} ({teacher[0]['total_bytes'] / point['total_bytes']:.1f}x)",
+                ]
+            )
+    load = max(run["load"] for run in runs)
+    note = (
+        f"Query: {runs[0]['clock']} to embed one and search for it. In brackets: how many times faster and smaller than the "
+        f"first row. {runs[0]['threads']} thread, {setting(runs[0])}"
+        + (f"; other programs ran beside (load {load:.1f})." if load > 1.5 else ".")
+    )
+    return markdown(["", "recall@10", "nDCG@10", "kept", "query, ms", "model and index, MB"], rows, note)
+
+
+def lora() -> str:
+    """What an adapter gains on the task of its domain."""
+    runs = [results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob("lora-*.json"))]
+    rows = [
+        [
+            score["task"],
+            f"{100 * score['baseline']:.1f}",
+            f"{100 * score['score']:.1f}",
+            f"{run['pairs']['count']:,}",
+            f"{run['adapter']['bytes'] / 1e3:.0f}",
+        ]
+        for run in runs
+        for score in run["scores"]
+    ]
+    note = f"nDCG@10; {runs[0]['training']['steps']} steps, seed {runs[0]['seed']}, {setting(runs[0])}."
+    return markdown(["", "before", "after", "pairs", "adapter, kB"], rows, note)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (summary, kernels, encoder, ablation, distill_step, ann, lora)
+}
 
 
 def main(check: Annotated[bool, typer.Option(help="change nothing; exit with 1 if a table is out of date")] = False) -> None:

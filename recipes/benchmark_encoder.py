@@ -1,0 +1,290 @@
+"""Whole encoders on this CPU, from text to embedding: a ternary model beside the runtimes one would otherwise use.
+
+    python recipes/benchmark_encoder.py MODEL --teacher TEACHER --onnx int8.onnx --openvino int8.xml --ctranslate2 int8
+
+MODEL is a packed sentence-transformers model with mean pooling, TEACHER what it was distilled from; the others are exports
+of TEACHER, all optional (recipes/README.md says how to make them). Every contender runs in a process of its own
+(runtimes.py), so that no thread pool disturbs another. They take turns, so that a slow moment of the machine hits all alike,
+and ratios are medians over the turns.
+"""
+
+import ast
+import hashlib
+import math
+import os
+import pickle
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+import hf_ternary
+from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
+
+RECIPES = Path(__file__).resolve().parent
+OURS, TEACHER = "ternary", "float32, sentence-transformers"
+SHORT = "short"  # what peak memory is measured with
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    runtime: str  # a function of runtimes.py
+    model: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    texts: list[str]
+    at_once: bool  # all texts in one call, or each in its own
+    batch_size: int  # that the runtimes cut a call into
+
+    @property
+    def calls(self) -> list[list[str]]:
+        return [self.texts] if self.at_once else [[text] for text in self.texts]
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="folder of a packed model")],
+    teacher: Annotated[str | None, typer.Option(help="folder or Hub id of the float32 model")] = None,
+    onnx: Annotated[list[Path] | None, typer.Option(help="ONNX file of the teacher; repeatable")] = None,
+    openvino: Annotated[list[Path] | None, typer.Option(help="OpenVINO .xml file of the teacher; repeatable")] = None,
+    ctranslate2: Annotated[list[Path] | None, typer.Option(help="CTranslate2 folder of the teacher; repeatable")] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="thread counts; repeatable (default: 1 and all)")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of every contender")] = 7,
+    starts: Annotated[int, typer.Option(min=1, help="processes started for start-up time and memory")] = 5,
+    quick: Annotated[bool, typer.Option(help="few texts: does it work?")] = False,
+    output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
+) -> None:
+    everyone = contenders(model, teacher, {"onnxruntime": onnx, "openvino": openvino, "ctranslate2": ctranslate2})
+    work = workloads(sentences(), 0.02 if quick else 1)
+    runs = [measure(everyone, work, model, count, rounds, starts) for count in threads or sorted({1, os.cpu_count() or 1})]
+    report = {
+        "model": model.resolve().name,
+        "max_seq_length": hf_ternary.load(model).max_seq_length,
+        "rounds": rounds,
+        "starts": starts,
+        "linear_macs_per_token": linear_macs(model),
+        "workloads": {name: describe(workload, model) for name, workload in work.items()},
+        "runs": runs,
+        **provenance(packages=(*PACKAGES, "onnxruntime", "openvino", "ctranslate2")),
+    }
+    print_runs(report)
+    if output:
+        write_json(output, report)
+
+
+def contenders(model: Path, teacher: str | None, exports: dict[str, list[Path] | None]) -> list[Contender]:
+    everyone = [
+        Contender(OURS, "ternary", str(model)),
+        Contender(f"{OURS}, sentence-transformers", "sentence_transformers", str(model)),
+        *(Contender(f"{runtime} {path.stem}", runtime, str(path)) for runtime in exports for path in exports[runtime] or ()),
+        *([Contender(TEACHER, "sentence_transformers", teacher)] if teacher else ()),
+        Contender("tokenizer alone", "tokenizer", str(model)),
+    ]
+    twice = {c.name for c in everyone if [d.name for d in everyone].count(c.name) > 1}
+    if twice:
+        raise typer.BadParameter(f"two exports are called {', '.join(twice)}: give their files different names")
+    return everyone
+
+
+def sentences() -> list[str]:
+    """Sentences of the language reference and of the standard library's docstrings, in an order drawn once and for all."""
+    texts = list(topics.values())
+    for file in track(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")), "reading documentation", transient=True):
+        nodes = (
+            n for n in ast.walk(ast.parse(file.read_bytes())) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
+        )
+        texts += [docstring for node in nodes if (docstring := ast.get_docstring(node))]
+    prose = [
+        p for text in texts for p in text.split("\n\n") if not re.search(r"^   |::=|\*\*\*|===|---|>>>", p, re.MULTILINE)
+    ]
+    split = {s for p in prose for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(p.split()))}
+    whole = sorted(s for s in split if s[:1].isalpha() and s[-1] in ".!?" and len(s) > 25)
+    return [whole[i] for i in np.random.default_rng(0).permutation(len(whole))]
+
+
+def workloads(sentences: list[str], share: float) -> dict[str, Workload]:
+    """A share of 50 queries, 1,024 sentences and 128 passages; for BERT's vocabulary about 16, 18 and 190 tokens each."""
+    queries, short = ([s for s in sentences if low <= len(s.split()) <= high] for low, high in ((9, 11), (6, 20)))
+    words = " ".join(sentences).split()
+    passages = [" ".join(words[i : i + 130]) for i in range(0, len(words), 130)]
+    return {
+        "query": Workload(queries[: math.ceil(50 * share)], at_once=False, batch_size=1),
+        SHORT: Workload(short[: math.ceil(1024 * share)], at_once=True, batch_size=32),
+        "passage": Workload(passages[: math.ceil(128 * share)], at_once=True, batch_size=16),
+    }
+
+
+class Process:
+    """A contender that has loaded its model and embedded one text, and waits for more."""
+
+    def __init__(self, contender: Contender, folder: Path, max_length: int, threads: int, text: str) -> None:
+        self.name = contender.name
+        command = [sys.executable, RECIPES / "runtimes.py", contender.runtime, contender.model, folder, max_length, threads]
+        begin = time.perf_counter()
+        self._process: Any = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.ask(Workload([text], at_once=True, batch_size=1))
+        self.start_seconds = time.perf_counter() - begin
+
+    def ask(self, workload: Workload) -> tuple[float, np.ndarray, int | None]:
+        """Median seconds of a call, embeddings of all texts, and the peak memory until now in bytes."""
+        try:
+            pickle.dump((workload.calls, workload.batch_size), self._process.stdin)
+            self._process.stdin.flush()
+            seconds, embeddings, memory = pickle.load(self._process.stdout)
+        except (EOFError, BrokenPipeError):
+            self.close()
+            raise RuntimeError(f"{self.name} failed; its own message stands above") from None
+        return statistics.median(seconds), embeddings, memory
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def measure(
+    everyone: list[Contender], work: dict[str, Workload], folder: Path, threads: int, rounds: int, starts: int
+) -> dict[str, Any]:
+    """All contenders with a number of threads: ``starts`` times a fresh process, the last of which stay and take turns."""
+    max_length = hf_ternary.load(folder).max_seq_length
+    fresh: dict[str, list[tuple[float, Any]]] = {c.name: [] for c in everyone}
+
+    def start(contender: Contender) -> Process:
+        process = Process(contender, folder, max_length, threads, work["query"].texts[0])
+        fresh[contender.name].append((process.start_seconds, process.ask(work[SHORT])[2]))
+        return process
+
+    for _ in track(range(starts - 1), f"starting with {threads} threads", transient=True):
+        for contender in everyone:
+            start(contender).close()
+    with ExitStack() as stack:
+        processes = [stack.enter_context(closing(start(contender))) for contender in everyone]
+        embeddings = {p.name: np.concatenate([p.ask(workload)[1] for workload in work.values()]) for p in processes}
+        seconds: dict[str, dict[str, list[float]]] = {name: {p.name: [] for p in processes} for name in work}
+        for _ in track(range(rounds), f"measuring with {threads} threads", transient=True):
+            for name, workload in work.items():
+                for p in processes:
+                    seconds[name][p.name].append(p.ask(workload)[0])
+    return {
+        "threads": threads,
+        "peak_gmacs": peak_gmacs(threads),
+        "gmacs": {name: gmacs(w, folder, statistics.median(seconds[name][OURS])) for name, w in work.items()},
+        "contenders": [
+            {
+                "name": c.name,
+                "runtime": c.runtime,
+                "bytes": file_size(c),
+                "cosine": cosine(embeddings[c.name], embeddings.get(TEACHER)),
+                "start_seconds": summary([s for s, _ in fresh[c.name]]),
+                "peak_bytes": None if fresh[c.name][0][1] is None else summary([m for _, m in fresh[c.name]]),
+                "milliseconds": {name: summary([1e3 * s for s in seconds[name][c.name]]) for name in work},
+                "times_slower": {name: ratios(seconds[name][c.name], seconds[name][OURS]) for name in work},
+            }
+            for c in everyone
+        ],
+    }
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, and the spread (max - min) / median."""
+    median = statistics.median(values)
+    return {"median": round(median, 4), "spread": round((max(values) - min(values)) / median, 3)}
+
+
+def ratios(seconds: list[float], ours: list[float]) -> dict[str, float]:
+    return summary([s / o for s, o in zip(seconds, ours, strict=True)])
+
+
+def cosine(embeddings: np.ndarray, wanted: np.ndarray | None) -> float | None:
+    """Mean over the texts; embeddings have length 1. None for no teacher, or for no embeddings."""
+    if wanted is None or embeddings.shape != wanted.shape:
+        return None
+    return round(float((embeddings * wanted).sum(1).mean()), 5)
+
+
+def file_size(contender: Contender) -> int | None:
+    """Bytes of the weights, and of the graph where it is stored."""
+    path = Path(contender.model)
+    if contender.runtime == "tokenizer":
+        return None
+    if contender.runtime == "ctranslate2":
+        return (path / "model.bin").stat().st_size
+    if contender.runtime == "openvino":
+        return path.stat().st_size + path.with_suffix(".bin").stat().st_size
+    return path.stat().st_size if path.is_file() else weights(contender.model)["bytes"]
+
+
+def linear_macs(folder: Path) -> int:
+    """Multiply-adds of the layers' linear maps for one token: one a weight, four weights a byte."""
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        slices = [file.get_slice(name) for name in file.keys() if ".layer." in name and name.endswith(".weight")]  # noqa: SIM118
+        return sum(4 * math.prod(s.get_shape()) for s in slices if s.get_dtype() == "U8")
+
+
+def gmacs(workload: Workload, folder: Path, seconds: float) -> float:
+    """Multiply-adds of the linear layers over the whole time of a call, 10^9 a second."""
+    return round(linear_macs(folder) * count_tokens(workload, folder) / len(workload.calls) / seconds / 1e9, 1)
+
+
+def count_tokens(workload: Workload, folder: Path) -> int:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(hf_ternary.load(folder).max_seq_length)
+    return sum(len(encoding.ids) for encoding in tokenizer.encode_batch(workload.texts))
+
+
+def describe(workload: Workload, folder: Path) -> dict[str, Any]:
+    """How much it is, and which texts: the documentation differs between versions of Python."""
+    digest = hashlib.sha256("\0".join(workload.texts).encode()).hexdigest()
+    return {"texts": len(workload.texts), "tokens": count_tokens(workload, folder), "sha256": digest}
+
+
+def peak_gmacs(threads: int) -> float | None:
+    """What peak.cpp prints; None without a C++ compiler or AVX-512 VNNI."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return None
+    with TemporaryDirectory() as folder:
+        program = Path(folder) / "peak"
+        flags = ["-O2", "-mavx512f", "-mavx512vnni", "-pthread"]
+        built = subprocess.run([compiler, *flags, RECIPES / "peak.cpp", "-o", program], capture_output=True)
+        ran = subprocess.run([program, str(threads)], capture_output=True, text=True) if built.returncode == 0 else built
+    return float(ran.stdout) if ran.returncode == 0 else None
+
+
+def print_runs(report: dict[str, Any]) -> None:
+    console = Console(width=140)
+    for run in report["runs"]:
+        table = Table("", title=f"{report['model']}, {run['threads']} threads (times as slow as {OURS})")
+        for column in ("start, s", "memory, MB", "file, MB", "cosine", *(f"{name}, ms" for name in report["workloads"])):
+            table.add_column(column, justify="right")
+        for c in run["contenders"]:
+            memory = c["peak_bytes"] and c["peak_bytes"]["median"]
+            sizes = ["" if n is None else f"{n / 1e6:.1f}" for n in (memory, c["bytes"])]
+            fidelity = "" if c["cosine"] is None else f"{c['cosine']:.4f}"
+            times = [f"{t['median']:.2f} ({c['times_slower'][name]['median']:.2f})" for name, t in c["milliseconds"].items()]
+            table.add_row(c["name"], f"{c['start_seconds']['median']:.2f}", *sizes, fidelity, *times)
+        console.print(table)
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in run["gmacs"].items())
+        console.print(f"{OURS}, GMAC/s of linear layers over the whole call: {rates}; vpdpbusd alone {run['peak_gmacs']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,90 @@
+"""The speed recipe of whole encoders: contenders take turns in processes of their own, and what it writes is complete."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from typer import Typer
+from typer.testing import CliRunner
+
+import hf_ternary
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPE = runpy.run_path(str(RECIPES / "benchmark_encoder.py"))
+RUNTIMES = runpy.run_path(str(RECIPES / "runtimes.py"))
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_sentence_transformer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = hf_ternary.TernaryConfig(embedding_bits=4, modules_to_not_convert=[])
+    model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu", model_kwargs={"quantization_config": config})
+    folder = tmp_path_factory.mktemp("packed")
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def test_a_run_without_exports(packed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "encoder.json"
+    app = Typer()
+    app.command()(RECIPE["main"])
+    options = ["--quick", "--threads", "1", "--rounds", "2", "--starts", "1", "--output", str(output)]
+    done = CliRunner().invoke(app, [str(packed), *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+    written = json.loads(output.read_text())
+    assert {"commit", "hardware", "versions"} <= written.keys()
+    assert str(packed.parent) not in output.read_text()
+    assert written["linear_macs_per_token"] == 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert [w["texts"] for w in written["workloads"].values()] == [1, 21, 3]
+    (run,) = written["runs"]
+    ours, through, tokenizer = run["contenders"]
+    assert {ratio["median"] for ratio in ours["times_slower"].values()} == {1}
+    assert ours["bytes"] == through["bytes"] == (packed / "model.safetensors").stat().st_size
+    assert all(c["milliseconds"][name]["median"] > 0 for c in run["contenders"] for name in written["workloads"])
+    assert run["gmacs"].keys() == written["workloads"].keys()
+    assert tokenizer["bytes"] is None
+    if sys.platform == "linux":
+        assert ours["peak_bytes"]["median"] < through["peak_bytes"]["median"]
+
+
+def test_cosine() -> None:
+    ours, teacher = np.array([[1.0, 0], [0.6, 0.8]]), np.array([[1.0, 0], [0, 1]])
+    assert RECIPE["cosine"](ours, teacher) == 0.9
+    assert RECIPE["cosine"](ours, None) is None
+    assert RECIPE["cosine"](ours[:, :0], teacher) is None  # the tokenizer alone
+
+
+def test_a_contender_that_fails_is_named(packed: Path) -> None:
+    contender = RECIPE["Contender"]("ternary of nothing", "ternary", "nothing")
+    with pytest.raises(RuntimeError, match="ternary of nothing failed"):
+        RECIPE["Process"](contender, packed, 128, 1, "a cat")
+
+
+def test_two_exports_of_one_name_are_refused(packed: Path) -> None:
+    with pytest.raises(Exception, match="onnxruntime int8: give their files different names"):
+        RECIPE["contenders"](packed, None, {"onnxruntime": [Path("a/int8.onnx"), Path("b/int8.onnx")]})
+
+
+def test_the_texts_are_distinct_and_of_their_length() -> None:
+    work = RECIPE["workloads"](RECIPE["sentences"](), 1)
+    assert [len(w.texts) for w in work.values()] == [50, 1024, 128]
+    assert all(len(set(w.texts)) == len(w.texts) for w in work.values())
+    assert {len(text.split()) for text in work["passage"].texts} == {130}
+
+
+def test_what_is_around_a_runtime_gives_the_embeddings_of_sentence_transformers(tiny_sentence_transformer: Path) -> None:
+    """Padding, pooling, normalization and the order of texts of unequal length."""
+    model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
+
+    @torch.inference_mode()
+    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return model[0].auto_model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
+
+    texts = ["a dog", "the cat sat on the red dog", "it runs", "green " * 200, "to"]
+    encode = RUNTIMES["batched"](str(tiny_sentence_transformer), 128, run)
+    np.testing.assert_allclose(encode(texts, 2), model.encode(texts), rtol=0, atol=1e-5)
