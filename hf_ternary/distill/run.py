@@ -29,6 +29,7 @@ OWN_OPTIONS -= {"teacher", "base_model", "texts"}
 TRAINER_OPTIONS = (
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "weight_decay",
     "adam_beta1",
