@@ -190,7 +190,10 @@ def lora() -> str:
         for run in runs
         for score in run["scores"]
     ]
-    note = f"nDCG@10; {runs[0]['training']['steps']} steps, seed {runs[0]['seed']}, {setting(runs[0])}."
+    note = (
+        f"nDCG@10; {runs[0]['training']['steps']} steps, seed {runs[0]['seed']}, model weights "
+        f"{runs[0]['weights']['sha256'][:8]}, {setting(runs[0])}."
+    )
     return markdown(["", "before", "after", "pairs", "adapter, kB"], rows, note)
 
 
