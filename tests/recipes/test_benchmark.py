@@ -1,18 +1,17 @@
 """The speed recipe: what it measures is one layer's calls in turns, and what it writes is complete."""
 
 import json
-import runpy
 from pathlib import Path
 
 from typer.testing import CliRunner
 
-RECIPE = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "benchmark.py"))
+import benchmark
 
 
 def test_kernels(tmp_path: Path) -> None:
     output = tmp_path / "kernels.json"
     options = ["kernels", "--quick", "--repeats", "2", "--threads", "1", "--rows", "3", "--output", str(output)]
-    done = CliRunner().invoke(RECIPE["app"], options, catch_exceptions=False)
+    done = CliRunner().invoke(benchmark.app, options, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "384 x 384" in done.output
     written = json.loads(output.read_text())
@@ -27,6 +26,6 @@ def test_contenders_take_turns() -> None:
     calls: list[str] = []
     ticks = iter(range(100))
     contenders = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    seconds = RECIPE["take_turns"](contenders, 3, lambda: float(next(ticks)), least=1.0)
+    seconds = benchmark.take_turns(contenders, 3, lambda: float(next(ticks)), least=1.0)
     assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 3
     assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}

@@ -1,42 +1,32 @@
 """The GPU recipe, tried out on the CPU: everything but graphs and compilation."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
-PATH = Path(__file__).parents[2] / "recipes" / "benchmark_gpu.py"
+import benchmark_gpu
 
 
-@pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_gpu", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "BATCHES", ((2, 5),))
-    monkeypatch.setattr(module, "ROWS", (1, 3))
-    return module
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_gpu, "BATCHES", ((2, 5),))
+    monkeypatch.setattr(benchmark_gpu, "ROWS", (1, 3))
 
 
-def run(recipe: ModuleType, *options: str) -> tuple[int, str]:
+def run(*options: str) -> tuple[int, str]:
     app = typer.Typer()
-    app.command()(recipe.main)
+    app.command()(benchmark_gpu.main)
     done = CliRunner().invoke(app, ["--device", "cpu", "--model", "tiny", "--repeats", "2", *options])
     return done.exit_code, done.output
 
 
-def test_measures_and_goes_on(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "gpu.json"
-    assert run(recipe, "--output", str(output), "--no-check")[0] == 0
+    assert run("--output", str(output), "--no-check")[0] == 0
     result = json.loads(output.read_text())
     assert {"hardware", "versions", "capabilities", "limits", "commit"} <= result.keys()
     assert set(result["limits"]) == {"int8", "bfloat16", "bandwidth"}
@@ -54,44 +44,42 @@ def test_measures_and_goes_on(recipe: ModuleType, tmp_path: Path, monkeypatch: p
     def no_more(*args: object) -> None:
         raise AssertionError(f"measured again: {args}")
 
-    monkeypatch.setattr(recipe, "measure", no_more)
-    assert run(recipe, "--output", str(output), "--no-check")[0] == 0
+    monkeypatch.setattr(benchmark_gpu, "measure", no_more)
+    assert run("--output", str(output), "--no-check")[0] == 0
     assert json.loads(output.read_text())["cells"] == result["cells"]
 
 
-def test_stops_when_the_time_is_over(recipe: ModuleType, tmp_path: Path) -> None:
-    code, printed = run(recipe, "--minutes", "0", "--no-check", "--output", str(tmp_path / "gpu.json"))
+def test_stops_when_the_time_is_over(tmp_path: Path) -> None:
+    code, printed = run("--minutes", "0", "--no-check", "--output", str(tmp_path / "gpu.json"))
     assert code == 0
     assert "the time is over; run it again to go on" in printed
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_a_failing_contender_is_told_and_costs_the_others_nothing(
-    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_contender_is_told_and_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("no such product here")
 
     monkeypatch.setattr(torch, "_int_mm", broken)
-    monkeypatch.setattr(recipe, "limits", lambda device: {"int8": 1.0, "bandwidth": 1.0})
-    monkeypatch.setattr(recipe, "BATCHES", ())
+    monkeypatch.setattr(benchmark_gpu, "limits", lambda device: {"int8": 1.0, "bandwidth": 1.0})
+    monkeypatch.setattr(benchmark_gpu, "BATCHES", ())
     output = tmp_path / "gpu.json"
-    code, printed = run(recipe, "--no-check", "--output", str(output))
+    code, printed = run("--no-check", "--output", str(output))
     assert code == 1
     assert "no such product here" in printed
     assert all("ternary" in cell["milliseconds"] for cell in json.loads(output.read_text())["cells"])
 
 
-def test_check(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "CHECKED_ROWS", (1, 3))
-    recipe.check_kernels([(64, 32)], "cpu")
+def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_gpu, "CHECKED_ROWS", (1, 3))
+    benchmark_gpu.check_kernels([(64, 32)], "cpu")
     assert not torch.are_deterministic_algorithms_enabled()
-    monkeypatch.setattr(recipe, "linear", lambda x, *rest: recipe.reference.linear(x, *rest) * 1.01)
+    monkeypatch.setattr(benchmark_gpu, "linear", lambda x, *rest: benchmark_gpu.reference.linear(x, *rest) * 1.01)
     with pytest.raises(AssertionError, match="64 x 32, 1 groups, 1 rows, torch.bfloat16, activation int8"):
-        recipe.check_kernels([(64, 32)], "cpu")
+        benchmark_gpu.check_kernels([(64, 32)], "cpu")
 
 
-def test_shapes_are_the_models(recipe: ModuleType) -> None:
-    assert recipe.linear_shapes("all-MiniLM-L6-v2") == {(384, 384), (384, 1536), (1536, 384)}
-    assert dict(recipe._layers("bge-large")) == {(1024, 1024): 96, (1024, 4096): 24, (4096, 1024): 24}
-    assert (2048, 1024) in recipe.linear_shapes("Qwen3-0.6B")
+def test_shapes_are_the_models() -> None:
+    assert benchmark_gpu.linear_shapes("all-MiniLM-L6-v2") == {(384, 384), (384, 1536), (1536, 384)}
+    assert dict(benchmark_gpu._layers("bge-large")) == {(1024, 1024): 96, (1024, 4096): 24, (4096, 1024): 24}
+    assert (2048, 1024) in benchmark_gpu.linear_shapes("Qwen3-0.6B")

@@ -1,6 +1,5 @@
 """The recipe as a command: options from yaml and flags, one-line errors, a clean stop."""
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -8,27 +7,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
+import distill
 from hf_ternary.distill import DistillArguments
+from options import parse
 from tests.distill.conftest import corpus_file, options, teacher  # noqa: F401 - fixtures
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 Options = Callable[..., dict[str, Any]]
-
-
-def load_recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distill_recipe", RECIPES / "distill.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write(path: Path, values: dict[str, Any]) -> str:
@@ -40,7 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *fl
     """What the command prints when it stops with an error."""
     monkeypatch.setattr(sys, "argv", ["distill.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        load_recipe().main()
+        distill.main()
     capsys.readouterr()
     return str(stop.value)
 
@@ -48,7 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *fl
 def test_flags_override_the_yaml_file(options: Options, tmp_path: Path):  # noqa: F811
     config = write(tmp_path / "a.yaml", options(learning_rate=2e-3))
     flags = ["--max_steps", "7", "--texts", "a.txt", "b.txt=2", "--group_size", "64", "--save_strategy", "no"]
-    parsed = load_recipe().parse(["--config", config, *flags])
+    parsed = parse(DistillArguments, ["--config", config, *flags])
     assert isinstance(parsed, DistillArguments)
     assert (parsed.learning_rate, parsed.max_steps, parsed.texts) == (2e-3, 7, ["a.txt", "b.txt=2"])
     assert parsed.ternary_config().group_size == 64
@@ -56,13 +47,13 @@ def test_flags_override_the_yaml_file(options: Options, tmp_path: Path):  # noqa
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_is_valid(path: Path):
-    parsed = load_recipe().parse(["--config", str(path), "--bf16", "false", "--use_cpu", "true"])
+    parsed = parse(DistillArguments, ["--config", str(path), "--bf16", "false", "--use_cpu", "true"])
     assert parsed.max_steps > 0 or parsed.num_train_epochs > 0
 
 
 def test_the_paper_config_is_the_paper():
     """Chen et al., arXiv 2411.15438: one scale 2 * mean|W|, last hidden state, Adam 2e-5, two epochs, decay 0.2."""
-    paper = load_recipe().parse(["--config", str(RECIPES / "configs" / "minilm-paper.yaml"), "--texts", "a.txt"])
+    paper = parse(DistillArguments, ["--config", str(RECIPES / "configs" / "minilm-paper.yaml"), "--texts", "a.txt"])
     config = paper.ternary_config()
     assert (config.group_size, config.weight_scheme) == ("tensor", "absmean")
     assert {name for name, weight in paper.loss_weights().items() if weight} == {"hidden"}
@@ -79,7 +70,7 @@ def test_the_smoke_config_runs(
     flags = ["--teacher", str(teacher), "--texts", str(corpus_file), "--output_dir", str(tmp_path / "run")]
     flags += ["--relation_weight", "0.1", "--relation_modules", "encoder.layer.1.attention.self.value"]
     monkeypatch.setattr(sys, "argv", ["distill.py", "--config", str(RECIPES / "configs" / "smoke.yaml"), *flags])
-    load_recipe().main()
+    distill.main()
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "log.jsonl", "summary.json"}
 
 

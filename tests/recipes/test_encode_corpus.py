@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,10 +18,10 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
+import encode_corpus
 import hf_ternary
 
-PATH = Path(__file__).parents[2] / "recipes" / "encode_corpus.py"
-RECIPE = runpy.run_path(str(PATH))
+PATH = Path(encode_corpus.__file__)
 TEXTS, SHARD = 1000, 10
 
 
@@ -51,7 +50,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    done = CliRunner().invoke(RECIPE["app"], [str(argument) for argument in arguments])
+    done = CliRunner().invoke(encode_corpus.app, [str(argument) for argument in arguments])
     assert done.exit_code == code, done.output
     return done.output
 
@@ -101,7 +100,7 @@ def test_a_kill_in_the_middle_costs_no_shard_and_repeats_none(model: Path, corpu
     assert len(after) == TEXTS // SHARD
     assert {name: after[name] for name in before} == before
     assert {path.suffix for path in (output / "shards").iterdir()} == {".parquet"}
-    parts = [RECIPE["read_shard"](output / "shards" / name) for name in after]
+    parts = [encode_corpus.read_shard(output / "shards" / name) for name in after]
     np.testing.assert_array_equal(np.concatenate([rows for rows, _ in parts]), np.arange(TEXTS))
     vectors = np.concatenate([part for _, part in parts])
     texts = [" ".join(filter(None, (f"number {i}", "the cat sat on it " * (i % 7)))).strip() for i in range(TEXTS)]
@@ -122,8 +121,8 @@ def test_the_index_by_default_is_ivf_pq(tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.parquet" for n in range(4)]
     for n, path in enumerate(paths):
         rows = range(n * 500, (n + 1) * 500)
-        RECIPE["write_shard"](path, rows, vectors[rows])
-    RECIPE["build_index"](paths, None, tmp_path / "index", 2000)
+        encode_corpus.write_shard(path, rows, vectors[rows])
+    encode_corpus.build_index(paths, None, tmp_path / "index", 2000)
     assert {path.name for path in (tmp_path / "index").iterdir()} == {"index.faiss", "lists.ivfdata"}
     index = faiss.read_index(str(tmp_path / "index" / "index.faiss"), faiss.IO_FLAG_ONDISK_SAME_DIR)
     assert (index.nlist, index.pq.M, index.ntotal) == (16, 4, 2000)
@@ -134,7 +133,7 @@ def test_the_index_by_default_is_ivf_pq(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_no_index(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 shards are missing, first 000000.parquet"):
-        RECIPE["build_index"]([tmp_path / "000000.parquet"], None, tmp_path / "index", 10)
+        encode_corpus.build_index([tmp_path / "000000.parquet"], None, tmp_path / "index", 10)
 
 
 @pytest.mark.parametrize(
