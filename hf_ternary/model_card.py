@@ -23,6 +23,7 @@ _SENTENCE_TRANSFORMERS = {
     "CrossEncoder": ("text-ranking", 'scores = model.predict([("A question?", "An answer.")])'),
     "SparseEncoder": ("feature-extraction", 'embeddings = model.encode(["A sentence.", "Another one."])'),
 }
+_IMAGES = 'embeddings = model.encode([Image.open("one.jpg"), Image.open("another.jpg")])'
 _TASKS = {
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
@@ -69,13 +70,15 @@ def create(
         base_model = base_model or inherited.get("base_model")
     report = None if results is None else _read_results(Path(results), sha256)
     sentence_class = library_class(folder)
-    architecture = (read_json(folder / "config.json").get("architectures") or ["AutoModel"])[0]
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or ["AutoModel"])[0]
+    of_images = "image_size" in config and "vocab_size" not in config
     data = ModelCardData(
         model_name=name if report else None,
         base_model=base_model,
         base_model_relation="quantized" if base_model else None,
         library_name="sentence-transformers" if sentence_class else "transformers",
-        pipeline_tag=_task(sentence_class, architecture),
+        pipeline_tag=_task(sentence_class, architecture, of_images),
         tags=TAGS,
         eval_results=_eval_results(report) if report else None,
         **{key: inherited[key] for key in ("language", "license", "license_name", "license_link") if key in inherited},
@@ -86,7 +89,8 @@ def create(
         name=name,
         info=info,
         config=info.config,
-        snippet=_snippet(sentence_class, architecture),
+        of_images=of_images,
+        snippet=_snippet(sentence_class, architecture, of_images),
         results=report,
         sha256=sha256,
     )
@@ -100,13 +104,17 @@ def load_card(model: str) -> ModelCard | None:
         return None
 
 
-def _task(sentence_class: str | None, architecture: str) -> str:
-    if sentence_class:
-        return _SENTENCE_TRANSFORMERS.get(sentence_class, ("feature-extraction", ""))[0]
-    return next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), "feature-extraction")
+def _task(sentence_class: str | None, architecture: str, of_images: bool) -> str:
+    default = "image-feature-extraction" if of_images else "feature-extraction"
+    if sentence_class and not of_images:
+        return _SENTENCE_TRANSFORMERS.get(sentence_class, (default, ""))[0]
+    return next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), default)
 
 
-def _snippet(name: str | None, architecture: str) -> str:
+def _snippet(name: str | None, architecture: str, of_images: bool) -> str:
+    if name and of_images:
+        imports = f"from PIL import Image\nfrom sentence_transformers import {name}"
+        return f'{imports}\n\nmodel = {name}("{PLACEHOLDER}")\n{_IMAGES}'
     if name:
         use = _SENTENCE_TRANSFORMERS.get(name, ("", ""))[1]
         return f'from sentence_transformers import {name}\n\nmodel = {name}("{PLACEHOLDER}")\n{use}'.rstrip()

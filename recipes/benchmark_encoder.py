@@ -1,14 +1,16 @@
-"""Whole encoders on this CPU, from text to embedding: a ternary model beside the runtimes one would otherwise use.
+"""Whole encoders on this CPU, from text or image to embedding: a ternary model beside the runtimes one would otherwise use.
 
     python recipes/benchmark_encoder.py MODEL --teacher TEACHER --onnx int8.onnx --openvino int8.xml --ctranslate2 int8
 
-MODEL is a packed sentence-transformers model with mean pooling, TEACHER what it was distilled from; the others are exports
-of TEACHER, all optional (recipes/README.md says how to make them). Every contender runs in a process of its own
+MODEL is a packed sentence-transformers model with mean pooling, or one of images with the class token as embedding (images
+are resized beforehand, to the size of its processor); TEACHER is what it was distilled from; the others are exports of
+TEACHER, all optional (recipes/README.md says how to make them). Every contender runs in a process of its own
 (runtimes.py), so that no thread pool disturbs another. They take turns, so that a slow moment of the machine hits all alike,
 and ratios are medians over the turns.
 """
 
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -35,10 +37,11 @@ from tokenizers import Tokenizer
 import hf_ternary
 from documentation import paragraphs
 from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
+from photographs import photograph
 
 RECIPES = Path(__file__).resolve().parent
-OURS, TEACHER = "ternary", "float32, sentence-transformers"
-SHORT = "short"  # what peak memory is measured with
+OURS, TEACHER = "ternary", "float32"
+LAYER_WEIGHT = re.compile(r"\blayers?\..*\.weight$")
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Workload:
-    texts: list[str]
-    at_once: bool  # all texts in one call, or each in its own
+    inputs: Any  # texts, a list, or images, float32 [images, channels, height, width]
+    at_once: bool  # all inputs in one call, or each in its own
     batch_size: int  # that the runtimes cut a call into
 
     @property
-    def calls(self) -> list[list[str]]:
-        return [self.texts] if self.at_once else [[text] for text in self.texts]
+    def calls(self) -> list[Any]:
+        return [self.inputs] if self.at_once else [self.inputs[i : i + 1] for i in range(len(self.inputs))]
 
 
 def main(
@@ -72,11 +75,12 @@ def main(
     output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
 ) -> None:
     everyone = contenders(model, teacher, {"onnxruntime": onnx, "openvino": openvino, "ctranslate2": ctranslate2})
-    work = workloads(sentences(), 0.02 if quick else 1)
+    share = 0.02 if quick else 1
+    work = workloads(sentences(), share) if reads_text(model) else image_workloads(model, share)
     runs = [measure(everyone, work, model, count, rounds, starts) for count in threads or sorted({1, os.cpu_count() or 1})]
     report = {
         "model": model.resolve().name,
-        "max_seq_length": hf_ternary.load(model).max_seq_length,
+        "max_seq_length": max_length(model),
         "rounds": rounds,
         "starts": starts,
         "linear_macs_per_token": linear_macs(model),
@@ -89,14 +93,27 @@ def main(
         write_json(output, report)
 
 
+def reads_text(model: Path) -> bool:
+    return (model / "tokenizer.json").exists()
+
+
+def max_length(model: Path) -> int | None:
+    """Tokens of a text that the model reads; None for images."""
+    return hf_ternary.load(model).max_seq_length if reads_text(model) else None
+
+
 def contenders(model: Path, teacher: str | None, exports: dict[str, list[Path] | None]) -> list[Contender]:
-    everyone = [
-        Contender(OURS, "ternary", str(model)),
-        Contender(f"{OURS}, sentence-transformers", "sentence_transformers", str(model)),
-        *(Contender(f"{runtime} {path.stem}", runtime, str(path)) for runtime in exports for path in exports[runtime] or ()),
-        *([Contender(TEACHER, "sentence_transformers", teacher)] if teacher else ()),
-        Contender("tokenizer alone", "tokenizer", str(model)),
+    others = [
+        Contender(f"{runtime} {path.stem}", runtime, str(path)) for runtime in exports for path in exports[runtime] or ()
     ]
+    if reads_text(model):
+        library, name = "sentence_transformers", "sentence-transformers"
+        ours = [Contender(OURS, "ternary", str(model)), Contender(f"{OURS}, {name}", library, str(model))]
+        last = [Contender("tokenizer alone", "tokenizer", str(model))]
+    else:
+        library, name = "transformers", "transformers"
+        ours, last = [Contender(OURS, library, str(model))], []
+    everyone = [*ours, *others, *([Contender(f"{TEACHER}, {name}", library, teacher)] if teacher else ()), *last]
     twice = {c.name for c in everyone if [d.name for d in everyone].count(c.name) > 1}
     if twice:
         raise typer.BadParameter(f"two exports are called {', '.join(twice)}: give their files different names")
@@ -118,24 +135,38 @@ def workloads(sentences: list[str], share: float) -> dict[str, Workload]:
     passages = [" ".join(words[i : i + 130]) for i in range(0, len(words), 130)]
     return {
         "query": Workload(queries[: math.ceil(50 * share)], at_once=False, batch_size=1),
-        SHORT: Workload(short[: math.ceil(1024 * share)], at_once=True, batch_size=32),
+        "short": Workload(short[: math.ceil(1024 * share)], at_once=True, batch_size=32),
         "passage": Workload(passages[: math.ceil(128 * share)], at_once=True, batch_size=16),
     }
 
 
-class Process:
-    """A contender that has loaded its model and embedded one text, and waits for more."""
+def image_workloads(model: Path, share: float) -> dict[str, Workload]:
+    """A share of 20 images one by one, and of as many in batches as make 16,384 tokens."""
+    from transformers import AutoImageProcessor
 
-    def __init__(self, contender: Contender, folder: Path, max_length: int, threads: int, text: str) -> None:
+    processor = AutoImageProcessor.from_pretrained(model)
+    few = [photograph(number) for number in range(math.ceil(20 * share))]
+    one = processor(few, return_tensors="np")["pixel_values"].astype(np.float32)
+    many = math.ceil(16384 * share / image_tokens(one, model))
+    rest = [photograph(number) for number in range(len(few), len(few) + many)]
+    batch = processor(rest, return_tensors="np")["pixel_values"].astype(np.float32)
+    return {"one": Workload(one, at_once=False, batch_size=1), "batch": Workload(batch, at_once=True, batch_size=16)}
+
+
+class Process:
+    """A contender that has loaded its model and embedded one input, and waits for more."""
+
+    def __init__(self, contender: Contender, folder: Path, max_length: int | None, threads: int, first: Any) -> None:
         self.name = contender.name
-        command = [sys.executable, RECIPES / "runtimes.py", contender.runtime, contender.model, folder, max_length, threads]
+        tokenizer = [folder, max_length] if max_length else ["", 0]
+        command = [sys.executable, RECIPES / "runtimes.py", contender.runtime, contender.model, *tokenizer, threads]
         begin = time.perf_counter()
         self._process: Any = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.ask(Workload([text], at_once=True, batch_size=1))
+        self.ask(Workload(first, at_once=True, batch_size=1))
         self.start_seconds = time.perf_counter() - begin
 
     def ask(self, workload: Workload) -> tuple[float, np.ndarray, int | None]:
-        """Median seconds of a call, embeddings of all texts, and the peak memory until now in bytes."""
+        """Median seconds of a call, embeddings of all inputs, and the peak memory until now in bytes."""
         try:
             pickle.dump((workload.calls, workload.batch_size), self._process.stdin)
             self._process.stdin.flush()
@@ -153,12 +184,13 @@ def measure(
     everyone: list[Contender], work: dict[str, Workload], folder: Path, threads: int, rounds: int, starts: int
 ) -> dict[str, Any]:
     """All contenders with a number of threads: ``starts`` times a fresh process, the last of which stay and take turns."""
-    max_length = hf_ternary.load(folder).max_seq_length
+    length = max_length(folder)
+    single, batch, *_ = work.values()
     fresh: dict[str, list[tuple[float, Any]]] = {c.name: [] for c in everyone}
 
     def start(contender: Contender) -> Process:
-        process = Process(contender, folder, max_length, threads, work["query"].texts[0])
-        fresh[contender.name].append((process.start_seconds, process.ask(work[SHORT])[2]))
+        process = Process(contender, folder, length, threads, single.inputs[:1])
+        fresh[contender.name].append((process.start_seconds, process.ask(batch)[2]))
         return process
 
     for _ in track(range(starts - 1), f"starting with {threads} threads", transient=True):
@@ -167,6 +199,7 @@ def measure(
     with ExitStack() as stack:
         processes = [stack.enter_context(closing(start(contender))) for contender in everyone]
         embeddings = {p.name: np.concatenate([p.ask(workload)[1] for workload in work.values()]) for p in processes}
+        wanted = next((embeddings[name] for name in embeddings if name.startswith(TEACHER)), None)
         seconds: dict[str, dict[str, list[float]]] = {name: {p.name: [] for p in processes} for name in work}
         for _ in track(range(rounds), f"measuring with {threads} threads", transient=True):
             for name, workload in work.items():
@@ -181,7 +214,7 @@ def measure(
                 "name": c.name,
                 "runtime": c.runtime,
                 "bytes": file_size(c),
-                "cosine": cosine(embeddings[c.name], embeddings.get(TEACHER)),
+                "cosine": cosine(embeddings[c.name], wanted),
                 "start_seconds": summary([s for s, _ in fresh[c.name]]),
                 "peak_bytes": None if fresh[c.name][0][1] is None else summary([m for _, m in fresh[c.name]]),
                 "milliseconds": {name: summary([1e3 * s for s in seconds[name][c.name]]) for name in work},
@@ -203,7 +236,7 @@ def ratios(seconds: list[float], ours: list[float]) -> dict[str, float]:
 
 
 def cosine(embeddings: np.ndarray, wanted: np.ndarray | None) -> float | None:
-    """Mean over the texts; embeddings have length 1. None for no teacher, or for no embeddings."""
+    """Mean over the inputs; embeddings have length 1. None for no teacher, or for no embeddings."""
     if wanted is None or embeddings.shape != wanted.shape:
         return None
     return round(float((embeddings * wanted).sum(1).mean()), 5)
@@ -224,7 +257,7 @@ def file_size(contender: Contender) -> int | None:
 def linear_macs(folder: Path) -> int:
     """Multiply-adds of the layers' linear maps for one token: one a weight, four weights a byte."""
     with safe_open(folder / "model.safetensors", "numpy") as file:
-        slices = [file.get_slice(name) for name in file.keys() if ".layer." in name and name.endswith(".weight")]  # noqa: SIM118
+        slices = [file.get_slice(name) for name in file.keys() if LAYER_WEIGHT.search(name)]  # noqa: SIM118
         return sum(4 * math.prod(s.get_shape()) for s in slices if s.get_dtype() == "U8")
 
 
@@ -234,16 +267,26 @@ def gmacs(workload: Workload, folder: Path, seconds: float) -> float:
 
 
 def count_tokens(workload: Workload, folder: Path) -> int:
+    if not reads_text(folder):
+        return len(workload.inputs) * image_tokens(workload.inputs, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(hf_ternary.load(folder).max_seq_length)
-    return sum(len(encoding.ids) for encoding in tokenizer.encode_batch(workload.texts))
+    return sum(len(encoding.ids) for encoding in tokenizer.encode_batch(workload.inputs))
+
+
+def image_tokens(pixels: np.ndarray, folder: Path) -> int:
+    """Patches of an image and the class token."""
+    patch = json.loads((folder / "config.json").read_text())["patch_size"]
+    return (pixels.shape[2] // patch) * (pixels.shape[3] // patch) + 1
 
 
 def describe(workload: Workload, folder: Path) -> dict[str, Any]:
-    """How much it is, and which texts: the documentation differs between versions of Python."""
-    digest = hashlib.sha256("\0".join(workload.texts).encode()).hexdigest()
-    return {"texts": len(workload.texts), "tokens": count_tokens(workload, folder), "sha256": digest}
+    """How much it is, and which inputs: the documentation differs between versions of Python."""
+    inputs = workload.inputs
+    kind, content = ("texts", "\0".join(inputs).encode()) if reads_text(folder) else ("images", inputs.tobytes())
+    digest = hashlib.sha256(content).hexdigest()
+    return {kind: len(inputs), "tokens": count_tokens(workload, folder), "sha256": digest}
 
 
 def peak_gmacs(threads: int) -> float | None:

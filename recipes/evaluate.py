@@ -3,8 +3,8 @@
     python recipes/evaluate.py MODEL --baseline TEACHER --tasks STSBenchmark --tasks SciFact
     python recipes/evaluate.py MODEL --baseline teacher.json --data DIR --output results.json
 
-MODEL and TEACHER are Hub ids or folders of any SentenceTransformer, ternary or not. What DIR must hold is said in
-`hf_ternary.evaluation.tasks`. A baseline measured before is given as its results JSON.
+MODEL and TEACHER are Hub ids or folders of any SentenceTransformer, of texts or images, ternary or not. What DIR must hold
+is said in `hf_ternary.evaluation.tasks`. A baseline measured before is given as its results JSON.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def main(
     texts: Annotated[Path | None, typer.Option(help="txt, or jsonl with `text`, for fidelity to the baseline")] = None,
     output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
     name: Annotated[str | None, typer.Option(help="model's name in the results (default: id or folder name)")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="texts a forward pass")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts or images a forward pass")] = 64,
     seed: Annotated[int, typer.Option(help="of the draws of local tasks and of fidelity")] = SEED,
 ) -> None:
     if data is None and not tasks:

@@ -1,10 +1,11 @@
-"""One way to embed texts on a CPU, in a process of its own: what benchmark_encoder.py starts for each contender.
+"""One way to embed texts or images on a CPU, in a process of its own: what benchmark_encoder.py starts for each contender.
 
     python recipes/runtimes.py RUNTIME MODEL FOLDER MAX_LENGTH THREADS
 
-RUNTIME is one of the functions below and MODEL what it loads; FOLDER holds tokenizer.json. Requests and answers are pickles
-on stdin and stdout: (calls, batch size), a call being a list of texts, is answered by (seconds of each call, float32
-embeddings [all texts, dimension], peak memory of the process in bytes). Nothing is imported that the runtime does not need.
+RUNTIME is one of the functions below and MODEL what it loads; FOLDER holds tokenizer.json, or is empty where MODEL reads
+images. Requests and answers are pickles on stdin and stdout: (calls, batch size), a call being a list of texts or an array
+of pixels, is answered by (seconds of each call, float32 embeddings [all inputs, dimension], peak memory of the process in
+bytes). Nothing is imported that the runtime does not need.
 """
 
 import os
@@ -15,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Encode = Callable[[list[str], int], Any]  # texts and batch size -> float32 [texts, dimension], unit length
+Encode = Callable[[Any, int], Any]  # inputs and batch size -> float32 [inputs, dimension], unit length
+Run = Callable[[dict[str, Any]], Any]  # arrays by the names that transformers gives them -> hidden states, float32
 
 
 def ternary(model: str, folder: str, max_length: int, threads: int) -> Encode:
@@ -35,6 +37,20 @@ def sentence_transformers(model: str, folder: str, max_length: int, threads: int
     return lambda texts, batch_size: encoder.encode(texts, batch_size=batch_size, show_progress_bar=False)
 
 
+def transformers(model: str, folder: str, max_length: int, threads: int) -> Encode:
+    import torch
+    from transformers import AutoModel
+
+    torch.set_num_threads(threads)
+    encoder = AutoModel.from_pretrained(model).eval()
+
+    @torch.inference_mode()
+    def run(arrays: dict[str, Any]) -> Any:
+        return encoder(**{name: torch.from_numpy(array) for name, array in arrays.items()}).last_hidden_state.numpy()
+
+    return batched(folder, max_length, run)
+
+
 def onnxruntime(model: str, folder: str, max_length: int, threads: int) -> Encode:
     import onnxruntime
 
@@ -42,7 +58,7 @@ def onnxruntime(model: str, folder: str, max_length: int, threads: int) -> Encod
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = {node.name for node in session.get_inputs()}
-    return batched(folder, max_length, lambda ids, mask: session.run(None, inputs(names, ids, mask))[0])
+    return batched(folder, max_length, lambda arrays: session.run(None, known(names, arrays))[0])
 
 
 def openvino(model: str, folder: str, max_length: int, threads: int) -> Encode:
@@ -53,8 +69,8 @@ def openvino(model: str, folder: str, max_length: int, threads: int) -> Encode:
     request = compiled.create_infer_request()
     names = {name for node in compiled.inputs for name in node.get_names()}
 
-    def run(ids: Any, mask: Any) -> Any:
-        outputs = request.infer(inputs(names, ids, mask), share_inputs=True, share_outputs=True)
+    def run(arrays: dict[str, Any]) -> Any:
+        outputs = request.infer(known(names, arrays), share_inputs=True, share_outputs=True)
         return next(iter(outputs.values()))
 
     return batched(folder, max_length, run)
@@ -66,8 +82,9 @@ def ctranslate2(model: str, folder: str, max_length: int, threads: int) -> Encod
 
     encoder = ctranslate2.Encoder(model, compute_type="int8", inter_threads=1, intra_threads=threads)
 
-    def run(ids: Any, mask: Any) -> Any:
-        tokens = [row[:length].tolist() for row, length in zip(ids, mask.sum(1), strict=True)]
+    def run(arrays: dict[str, Any]) -> Any:
+        lengths = arrays["attention_mask"].sum(1)
+        tokens = [row[:length].tolist() for row, length in zip(arrays["input_ids"], lengths, strict=True)]
         return np.asarray(encoder.forward_batch(tokens).last_hidden_state)
 
     return batched(folder, max_length, run)
@@ -96,17 +113,17 @@ def load_tokenizer(folder: str, max_length: int) -> Callable[[list[str]], list[A
     return lambda texts: [tokenizer.encode(texts[0])] if len(texts) == 1 else tokenizer.encode_batch_fast(texts)
 
 
-def inputs(names: set[str], ids: Any, mask: Any) -> dict[str, Any]:
-    arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * ids}
+def known(names: set[str], arrays: dict[str, Any]) -> dict[str, Any]:
     return {name: array for name, array in arrays.items() if name in names}
 
 
-def batched(folder: str, max_length: int, run: Callable[[Any, Any], Any]) -> Encode:
-    """What is around the layers: tokenize, pad, pool by mean and normalize; batches are of texts of about one length.
+def batched(folder: str, max_length: int, run: Run) -> Encode:
+    """What is around the layers: batches, the tokenizer, pooling and normalization."""
+    return batched_texts(folder, max_length, run) if folder else batched_images(run)
 
-    Args:
-        run: ids and mask, int64 [texts, tokens], to hidden states, float32 [texts, tokens, dimension].
-    """
+
+def batched_texts(folder: str, max_length: int, run: Run) -> Encode:
+    """Tokenize, pad, pool by mean and normalize; batches are of texts of about one length."""
     import numpy as np
 
     tokenize = load_tokenizer(folder, max_length)
@@ -115,7 +132,8 @@ def batched(folder: str, max_length: int, run: Callable[[Any, Any], Any]) -> Enc
         encodings = tokenize(texts)
         ids = np.array([e.ids for e in encodings], np.int64)
         mask = np.array([e.attention_mask for e in encodings], np.int64)
-        pooled = np.einsum("bt,btn->bn", mask.astype(np.float32), run(ids, mask)) / mask.sum(1, keepdims=True)
+        hidden = run({"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * ids})
+        pooled = np.einsum("bt,btn->bn", mask.astype(np.float32), hidden) / mask.sum(1, keepdims=True)
         return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
 
     def encode(texts: list[str], batch_size: int) -> Any:
@@ -127,7 +145,21 @@ def batched(folder: str, max_length: int, run: Callable[[Any, Any], Any]) -> Enc
     return encode
 
 
-RUNTIMES = {f.__name__: f for f in (ternary, sentence_transformers, onnxruntime, openvino, ctranslate2, tokenizer)}
+def batched_images(run: Run) -> Encode:
+    """The class token, normalized."""
+    import numpy as np
+
+    def encode(pixels: Any, batch_size: int) -> Any:
+        batches = [pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size)]
+        tokens = np.concatenate([run({"pixel_values": batch})[:, 0] for batch in batches])
+        return tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+
+    return encode
+
+
+RUNTIMES = {
+    f.__name__: f for f in (ternary, sentence_transformers, transformers, onnxruntime, openvino, ctranslate2, tokenizer)
+}
 
 
 def peak_memory() -> int | None:
@@ -153,9 +185,9 @@ def main() -> None:
         except EOFError:
             return
         seconds, embeddings = [], []
-        for texts in calls:
+        for inputs in calls:
             start = time.perf_counter()
-            embeddings.append(encode(texts, batch_size))
+            embeddings.append(encode(inputs, batch_size))
             seconds.append(time.perf_counter() - start)
         pickle.dump((seconds, np.concatenate(embeddings), peak_memory()), answers)
         answers.flush()

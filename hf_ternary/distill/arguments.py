@@ -26,7 +26,10 @@ class DistillArguments(TrainingArguments):
     texts: list[str] = field(
         default_factory=list, metadata={"help": "files, folders or datasets ids, each optionally with =WEIGHT"}
     )
-    eval_texts: int = field(default=512, metadata={"help": "texts held out to measure fidelity during training"})
+    images: list[str] = field(
+        default_factory=list, metadata={"help": "instead of texts: folders, parquet files or datasets ids of images"}
+    )
+    eval_texts: int = field(default=512, metadata={"help": "texts or images held out to measure fidelity during training"})
     max_length: int | None = field(default=None, metadata={"help": "longest text in tokens [default: the teacher's]"})
     passage_share: float = field(default=0.5, metadata={"help": "share of texts joined with their neighbours"})
     passage_words: list[int] = field(
@@ -42,7 +45,7 @@ class DistillArguments(TrainingArguments):
     modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "see TernaryConfig"})
 
     init: str = field(default="rounded", metadata={"help": "start: 'rounded', or 'compensated' for rounding errors (GPTQ)"})
-    calibration_texts: int = field(default=256, metadata={"help": "texts that a compensated start is fitted to"})
+    calibration_texts: int = field(default=256, metadata={"help": "texts or images that a compensated start is fitted to"})
     gradual: float = field(default=0.0, metadata={"help": "share of the steps over which weights become ternary"})
     learned_scale: bool = field(default=True, metadata={"help": "train the scales, else they follow the weights"})
     scale_learning_rate: float | None = field(default=None, metadata={"help": "of learned scales [default: learning_rate]"})
@@ -53,12 +56,16 @@ class DistillArguments(TrainingArguments):
     hidden_weight: float = field(default=0.0, metadata={"help": "loss: last hidden state"})
     layers_weight: float = field(default=1.0, metadata={"help": "loss: hidden states of `layers`"})
     layers: list[int] | None = field(default=None, metadata={"help": "hidden states to match, 0 = embeddings [all]"})
-    embedding_weight: float = field(default=1.0, metadata={"help": "loss: cosine of sentence embeddings"})
-    gram_weight: float = field(default=0.0, metadata={"help": "loss: cosines between the texts of a batch"})
-    ranking_weight: float = field(default=0.0, metadata={"help": "loss: the teacher's order of the texts of a batch"})
+    embedding_weight: float = field(default=1.0, metadata={"help": "loss: cosine of text or image embeddings"})
+    gram_weight: float = field(default=0.0, metadata={"help": "loss: cosines between the embeddings of a batch"})
+    ranking_weight: float = field(default=0.0, metadata={"help": "loss: the teacher's order of the embeddings of a batch"})
     relation_weight: float = field(default=0.0, metadata={"help": "loss: relations of `relation_modules`"})
     relation_modules: list[str] = field(
         default_factory=list, metadata={"help": "queries, keys, values: encoder.layer.5.attention.self.value"}
+    )
+
+    lr_halvings: int = field(
+        default=0, metadata={"help": "times that the learning rate is halved, evenly spaced [0: lr_scheduler_type]"}
     )
 
     # Other defaults than the trainer's.
@@ -66,7 +73,7 @@ class DistillArguments(TrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "learning-rate schedule"})
     warmup_steps: float = field(default=0.05, metadata={"help": "warm-up: steps, or a share of them below 1"})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the texts; max_steps overrides it"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the data; max_steps overrides it"})
     logging_steps: float = field(default=20, metadata={"help": "steps between lines of the log"})
     save_steps: float = field(default=200, metadata={"help": "steps between checkpoints"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
@@ -84,8 +91,9 @@ class DistillArguments(TrainingArguments):
         super().__post_init__()
         if not self.teacher:
             raise ValueError("teacher is not set; give a Hub id or a folder")
-        if not self.texts:
-            raise ValueError("texts is empty; give files, folders or datasets ids")
+        if bool(self.texts) == bool(self.images):
+            state = "both set" if self.texts else "both empty"
+            raise ValueError(f"texts and images are {state}; give one of them files, folders or datasets ids")
         if self.init not in INITS:
             raise ValueError(f"init={self.init!r} is not allowed: use {' or '.join(map(repr, INITS))}")
         if self.init == "compensated" and not self.learned_scale:
@@ -93,6 +101,8 @@ class DistillArguments(TrainingArguments):
         for name in ("passage_share", "gradual"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: use a number from 0 to 1")
+        if self.lr_halvings < 0:
+            raise ValueError(f"lr_halvings={self.lr_halvings} is not allowed: use 0 or more")
         if len(self.passage_words) != 2 or not 0 < self.passage_words[0] <= self.passage_words[1]:
             raise ValueError(f"passage_words={self.passage_words} is not allowed: give the shortest and the longest")
         if not any(self.loss_weights().values()) or min(self.loss_weights().values()) < 0:

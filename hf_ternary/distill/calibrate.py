@@ -35,7 +35,7 @@ def compensate(student: Encoder, teacher: Encoder, batches: Iterable[dict[str, A
     Args:
         student: with learned scales; its ternary layers hold the teacher's weights.
         teacher: the same encoder in full precision.
-        batches: inputs of both, a few hundred texts.
+        batches: inputs of both, a few hundred texts or images.
     """
     batches = list(batches)
     layers, originals = ternary_layers(student), dict(teacher.named_modules())

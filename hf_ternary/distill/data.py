@@ -1,4 +1,4 @@
-"""Unlabelled texts: reading, held-out split, passages, tokens, and batches of a fixed number of tokens.
+"""Unlabelled texts or images: reading, held-out split, passages, tokens, and batches of a fixed number of tokens.
 
 Everything is drawn from one seed and made anew when a run resumes, so a resumed run sees the same batches in the same order.
 """
@@ -9,13 +9,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..evaluation import files
+
+T = TypeVar("T")
 
 TEXT_FILES = (".jsonl", ".txt", ".parquet")
 
@@ -28,10 +30,10 @@ BATCHES_A_POOL = 64
 
 @dataclass
 class Corpus:
-    """Texts to train on, texts held out to measure fidelity, and where they come from."""
+    """Texts or images to train on, others held out to measure fidelity, and where they come from."""
 
-    train: list[str]
-    held_out: list[str]
+    train: list[Any]
+    held_out: list[Any]
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -57,18 +59,62 @@ def read_corpus(
         rng = np.random.default_rng([seed, number])
         texts = read_texts(name)
         passages = join_passages(texts, passage_share, passage_words, rng)
-        passages = [passages[i] for i in rng.permutation(len(passages))]
-        kept = min(-(-held_out // len(sources)), len(passages) // 10)
-        corpus.held_out += passages[:kept]
-        whole, part = divmod(weight, 1)
-        corpus.train += passages[kept:] * int(whole)
-        corpus.train += passages[kept : kept + round((len(passages) - kept) * part)]
+        _split(passages, weight, -(-held_out // len(sources)), rng, corpus)
         corpus.sources.append({"source": Path(name).name, "texts": len(texts), "weight": weight, **_fingerprint(name)})
-    if not corpus.train:
-        raise ValueError(f"no text is left to train on: {list(sources)} hold too few, or their weights are 0")
-    if held_out and not corpus.held_out:
-        raise ValueError(f"{len(corpus.train)} texts are too few to hold out {held_out}; give more texts or eval_texts: 0")
+    _check_split(corpus, "texts", sources, held_out)
     return corpus
+
+
+def read_images(sources: Sequence[str], held_out: int, seed: int) -> Corpus:
+    """As :func:`read_corpus`, of images.
+
+    A source is a folder of images, a parquet file, or a folder or `datasets` id whose split ``train`` has images: in the
+    first column that is declared to hold them, or else in ``image``.
+
+    Returns:
+        A corpus of :class:`Picture`.
+
+    Raises:
+        ValueError, ImportError: as :func:`read_corpus`.
+    """
+    corpus = Corpus([], [])
+    for number, source in enumerate(sources):
+        name, weight = _split_weight(source)
+        table = _read_table(name)
+        pictures = [Picture(table, row, name) for row in range(len(table))]
+        _split(pictures, weight, -(-held_out // len(sources)), np.random.default_rng([seed, number]), corpus)
+        corpus.sources.append({"source": Path(name).name, "images": len(table), "weight": weight, **_fingerprint(name)})
+    _check_split(corpus, "images", sources, held_out)
+    return corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One row of a table of images, decoded when it is asked for."""
+
+    table: Any
+    row: int
+    source: str
+
+    def decode(self) -> Any:
+        """A PIL image, in colour.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        try:
+            image = self.table[self.row]["image"]
+        except Exception as error:  # Pillow raises a dozen types for a damaged file
+            raise ValueError(f"{self} cannot be decoded: {error}. Fix: leave it out") from error
+        if image is None:
+            raise ValueError(f"{self} is missing. Fix: leave it out")
+        return image
+
+    def __str__(self) -> str:
+        import datasets
+
+        stored = self.table.cast_column("image", datasets.Image(decode=False))[self.row]["image"] or {}
+        return stored.get("path") or f"image {self.row} of {self.source}"
 
 
 def read_texts(source: str) -> list[str]:
@@ -124,6 +170,8 @@ class TokenizedTexts(Dataset[dict[str, Any]]):
         ValueError: the tokenizer makes ids that ``vocab_size`` rows do not have.
     """
 
+    kind = "texts"
+
     def __init__(self, texts: Sequence[str], tokenizer: Any, max_length: int, vocab_size: int) -> None:
         self.texts = texts
         cut = max_length * CHARACTERS_A_TOKEN
@@ -151,6 +199,28 @@ class TokenizedTexts(Dataset[dict[str, Any]]):
         start = self.starts[index]
         return {"index": index, "input_ids": self.ids[start : start + self.lengths[index]]}
 
+    def describe(self, index: int) -> str:
+        return repr(self.texts[index][:80])
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Images that an encoder turns into ``tokens`` tokens each."""
+
+    kind = "images"
+
+    def __init__(self, pictures: Sequence[Picture], tokens: int) -> None:
+        self.pictures = pictures
+        self.lengths = np.full(len(pictures), tokens, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"index": index, "image": self.pictures[index].decode()}
+
+    def describe(self, index: int) -> str:
+        return str(self.pictures[index])
+
 
 @dataclass
 class Collator:
@@ -170,8 +240,23 @@ class Collator:
         return {name: torch.from_numpy(x) for name, x in (("input_ids", ids), ("attention_mask", mask), ("index", index))}
 
 
+@dataclass
+class ImageCollator:
+    """Resizes and normalises as the teacher's image ``processor`` does; an image makes ``tokens`` tokens."""
+
+    processor: Any
+    tokens: int
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns ``pixel_values`` float32 ``[B, C, H, W]``, ``attention_mask`` int64 ``[B, tokens]``, all 1, and ``index``
+        int64 ``[B]``."""
+        pixels = self.processor(images=[item["image"] for item in items], return_tensors="pt")["pixel_values"]
+        mask = torch.ones(len(items), self.tokens, dtype=torch.int64)
+        return {"pixel_values": pixels, "attention_mask": mask, "index": torch.tensor([item["index"] for item in items])}
+
+
 class TokenBatches(Sampler[list[int]]):
-    """Batches of texts of about one length that hold at most ``batch_tokens`` tokens with their padding.
+    """Batches of texts (or images) of about one length that hold at most ``batch_tokens`` tokens with their padding.
 
     The plan covers all processes: each takes every ``world_size``-th text of every batch, so that more processes share the
     same batches. The number of texts is a multiple of 4 and of ``world_size``.
@@ -202,13 +287,13 @@ class TokenBatches(Sampler[list[int]]):
         longest = int(lengths.max(initial=0))
         if longest * self.multiple > batch_tokens:
             raise ValueError(
-                f"batch_tokens={batch_tokens} does not hold {self.multiple} texts of {longest} tokens; use at least "
-                f"{longest * self.multiple}, or a smaller max_length"
+                f"batch_tokens={batch_tokens} does not hold {self.multiple} inputs of {longest} tokens; use at least "
+                f"{longest * self.multiple}, or a smaller max_length or image"
             )
         if int(lengths.sum()) < batch_tokens:
             raise ValueError(
-                f"{len(lengths)} texts with {int(lengths.sum())} tokens are fewer than one batch of {batch_tokens} tokens; "
-                "give more texts or a smaller batch_tokens"
+                f"{len(lengths)} inputs with {int(lengths.sum())} tokens are fewer than one batch of {batch_tokens} tokens; "
+                "give more of them or a smaller batch_tokens"
             )
         self.batches: list[np.ndarray] = []
         number = 0
@@ -245,6 +330,23 @@ def _plan(lengths: np.ndarray, batch_tokens: int, multiple: int, rng: np.random.
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def _split(items: list[T], weight: float, held_out: int, rng: np.random.Generator, corpus: Corpus) -> None:
+    """Shuffle, hold some out (a tenth at most) and take the rest ``weight`` times, into ``corpus``."""
+    items = [items[i] for i in rng.permutation(len(items))]
+    kept = min(held_out, len(items) // 10)
+    corpus.held_out += items[:kept]
+    whole, part = divmod(weight, 1)
+    corpus.train += items[kept:] * int(whole)
+    corpus.train += items[kept : kept + round((len(items) - kept) * part)]
+
+
+def _check_split(corpus: Corpus, kind: str, sources: Sequence[str], held_out: int) -> None:
+    if not corpus.train:
+        raise ValueError(f"no {kind} are left to train on: {list(sources)} hold too few, or their weights are 0")
+    if held_out and not corpus.held_out:
+        raise ValueError(f"{len(corpus.train)} {kind} are too few to hold out {held_out}; give more {kind} or eval_texts: 0")
+
+
 def _split_weight(source: str) -> tuple[str, float]:
     name, separator, weight = source.rpartition("=")
     if not separator:
@@ -273,21 +375,44 @@ def _read_parquet(path: Path) -> list[str]:
         raise ValueError(f'{path} is no parquet file with a column "text": {error}') from error
 
 
+def _read_table(source: str) -> Any:
+    """The images of one source: a `datasets.Dataset` with the column ``image``."""
+    path = Path(source).expanduser()
+    table = _load(source, "parquet", data_files=str(path)) if path.is_file() else _load(source, str(path))
+    import datasets
+
+    declared = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    name = (declared or ["image"])[0]
+    if name not in table.column_names:
+        raise ValueError(f'{source} has no column "image"; it has {", ".join(table.column_names)}')
+    images = table.select_columns([name]).rename_columns({name: "image"})
+    try:
+        return images.cast_column("image", datasets.Image(mode="RGB"))
+    except (TypeError, ValueError, NotImplementedError) as error:  # what pyarrow raises
+        raise ValueError(f'{source} holds no images in its column "{name}": {error}') from error
+
+
 def _read_hub(source: str) -> list[str]:
+    table = _load(source, source)
+    if "text" not in table.column_names:
+        raise ValueError(f'dataset {source} has no column "text"; it has {", ".join(table.column_names)}')
+    return _distinct(table["text"], source)
+
+
+def _load(source: str, *arguments: str, **options: Any) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{source} is no {', '.join(TEXT_FILES)} file or folder; reading it as a datasets id needs datasets: "
+            f"{source} is no {', '.join(TEXT_FILES)} file or folder of texts; reading it needs datasets: "
             'pip install "hf_ternary[train]"'
         ) from error
     try:
-        table = datasets.load_dataset(source, split="train")
+        return datasets.load_dataset(*arguments, **options, split="train")
     except Exception as error:  # datasets and huggingface_hub raise a dozen types for "not found" and "offline"
-        raise ValueError(f"{source} is neither a file, a folder nor a dataset that can be had: {error}") from error
-    if "text" not in table.column_names:
-        raise ValueError(f'dataset {source} has no column "text"; it has {", ".join(table.column_names)}')
-    return _distinct(table["text"], source)
+        raise ValueError(
+            f"{source} is neither a file, a folder nor a dataset that can be had: {error.__cause__ or error}"
+        ) from error
 
 
 def _distinct(texts: Iterable[str | None], source: str | Path) -> list[str]:
@@ -298,5 +423,11 @@ def _distinct(texts: Iterable[str | None], source: str | Path) -> list[str]:
 
 
 def _fingerprint(source: str) -> dict[str, str]:
+    """SHA-256 of a file, or of the names and contents of a folder's."""
     path = Path(source).expanduser()
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
+    if not path.exists():
+        return {}
+    digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
+    return {"sha256": digest.hexdigest()}

@@ -1,7 +1,7 @@
 """What the student is asked to agree on with its teacher. Small pure functions; each returns a scalar mean in float32.
 
-Shapes: B texts of at most L tokens, width D. ``mask`` is bool ``[B, L]``, true for real tokens. ``student`` comes first,
-``teacher``, which needs no gradient, second; exchanging them changes the two divergences.
+Shapes: B texts (or images) of at most L tokens, width D. ``mask`` is bool ``[B, L]``, true for real tokens. ``student``
+comes first, ``teacher``, which needs no gradient, second; exchanging them changes the two divergences.
 """
 
 import torch

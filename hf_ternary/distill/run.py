@@ -1,4 +1,4 @@
-"""One distillation from start to end: teacher and texts in, packed model out."""
+"""One distillation from start to end: teacher and texts or images in, packed model out."""
 
 import ctypes
 import ctypes.util
@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -16,16 +17,16 @@ from ..evaluation.results import provenance, write_json
 from ..hub import save_pretrained
 from .arguments import DistillArguments
 from .calibrate import compensate
-from .data import Corpus, TokenizedTexts, read_corpus
+from .data import Collator, Corpus, ImageCollator, Images, TokenizedTexts, read_corpus, read_images
 from .health import plot
 from .student import Encoder, load_teacher, make_student, pack_student, transformer_of
 from .trainer import DistillTrainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Options that the summary records; teacher and texts are told by name and hash, as paths mean nothing elsewhere.
+# Options that the summary records; teacher and data are told by name and hash, as paths mean nothing elsewhere.
 OWN_OPTIONS = {field.name for field in fields(DistillArguments)} - {field.name for field in fields(TrainingArguments)}
-OWN_OPTIONS -= {"teacher", "base_model", "texts"}
+OWN_OPTIONS -= {"teacher", "base_model", "texts", "images"}
 TRAINER_OPTIONS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -49,14 +50,14 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
 
     Args:
         args: every option.
-        corpus: texts that are in memory already, instead of ``args.texts``.
+        corpus: what was read already, instead of ``args.texts`` or ``args.images``.
 
     Returns:
         The packed model. ``output_dir`` holds it in ``model/``, and beside it the log, a plot and ``summary.json``.
 
     Raises:
-        ValueError: options, texts, teacher or tokenizer that do not fit; the message names the fix.
-        FloatingPointError: the loss became NaN or infinite; the message names the step and the texts.
+        ValueError: options, data, teacher or tokenizer that do not fit; the message names the fix.
+        FloatingPointError: the loss became NaN or infinite; the message names the step and the inputs.
         OSError: a checkpoint or the model could not be written; the last whole checkpoint is intact.
     """
     keep_freed_memory()
@@ -64,13 +65,9 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
     started = time.perf_counter()
     output = Path(args.output_dir or "runs/distill")
     checkpoint = args.resume_from_checkpoint or last_checkpoint(output)
-    teacher = load_teacher(args.teacher, args.max_length)
-    corpus = corpus or read_corpus(
-        args.texts, args.eval_texts, args.passage_share, (args.passage_words[0], args.passage_words[1]), args.seed
-    )
-    max_length = args.max_length or teacher.max_seq_length or 512
-    rows = cast(nn.Embedding, transformer_of(teacher).get_input_embeddings()).num_embeddings
-    train, held_out = (TokenizedTexts(t, teacher.tokenizer, max_length, rows) for t in (corpus.train, corpus.held_out))
+    teacher = load_teacher(args.teacher, args.max_length, "image" if args.images else "text")
+    corpus = corpus or _read(args)
+    train, held_out, collate = _images(teacher, corpus) if args.images else _texts(teacher, corpus, args.max_length)
 
     config = args.ternary_config()
     student = make_student(teacher, config, args.learned_scale, args.attn_implementation)
@@ -80,7 +77,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         args,
         train,
         held_out,
-        teacher.tokenizer.pad_token_id or 0,
+        collate,
     )
     if args.init == "compensated" and checkpoint is None:
         compensate(trainer.student, trainer.teacher, trainer.calibration_batches(args.calibration_texts))
@@ -100,6 +97,29 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
     return packed
 
 
+def _read(args: DistillArguments) -> Corpus:
+    if args.images:
+        return read_images(args.images, args.eval_texts, args.seed)
+    words = (args.passage_words[0], args.passage_words[1])
+    return read_corpus(args.texts, args.eval_texts, args.passage_share, words, args.seed)
+
+
+def _texts(
+    teacher: SentenceTransformer, corpus: Corpus, max_length: int | None
+) -> tuple[TokenizedTexts, TokenizedTexts, Collator]:
+    longest = max_length or teacher.max_seq_length or 512
+    rows = cast(nn.Embedding, transformer_of(teacher).get_input_embeddings()).num_embeddings
+    train, held_out = (TokenizedTexts(t, teacher.tokenizer, longest, rows) for t in (corpus.train, corpus.held_out))
+    return train, held_out, Collator(teacher.tokenizer.pad_token_id or 0)
+
+
+@torch.no_grad()
+def _images(teacher: SentenceTransformer, corpus: Corpus) -> tuple[Images, Images, ImageCollator]:
+    first = teacher.processor(images=[corpus.train[0].decode()], return_tensors="pt")
+    tokens = transformer_of(teacher)(first["pixel_values"]).last_hidden_state.shape[1]
+    return Images(corpus.train, tokens), Images(corpus.held_out, tokens), ImageCollator(teacher.processor, tokens)
+
+
 def keep_freed_memory() -> None:
     """Tell glibc not to give large freed blocks back to the system: the next step's page faults cost a third of its time."""
     libc = ctypes.util.find_library("c")
@@ -113,7 +133,7 @@ def keep_freed_memory() -> None:
 def _summary(
     args: DistillArguments,
     corpus: Corpus,
-    train: TokenizedTexts,
+    train: TokenizedTexts | Images,
     trainer: DistillTrainer,
     fidelity: dict[str, float],
     seconds: float,
@@ -125,7 +145,7 @@ def _summary(
         "teacher": args.base_model or Path(args.teacher).name,
         "options": options,
         "sources": corpus.sources,
-        "texts": {"train": len(corpus.train), "held_out": len(corpus.held_out)},
+        train.kind: {"train": len(corpus.train), "held_out": len(corpus.held_out)},
         "steps": trainer.state.global_step,
         "tokens": tokens,
         "seconds_of_last_session": round(seconds, 1),

@@ -4,8 +4,10 @@ import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
+import sentence_transformers
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import is_sentence_transformer_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,13 +15,26 @@ from .. import convert, encoder, quantizer
 from ..config import QUANT_METHOD, TernaryConfig
 from ..modules import FakeTernaryLinear
 
+# Vision models whose embedding of an image is what their pooler makes of it.
+POOLED = ("clip_vision_model", "siglip_vision_model")
 
-def load_teacher(name: str, max_length: int | None = None) -> SentenceTransformer:
-    """A float32 teacher from any sentence-transformers or transformers encoder (the latter gets mean pooling).
+
+def load_teacher(name: str, max_length: int | None = None, modality: str = "text") -> SentenceTransformer:
+    """A float32 teacher of texts or images (``modality`` "image") from any sentence-transformers or transformers encoder.
+
+    A transformers model of texts gets mean pooling; one of images its pooler's output (CLIP, SigLIP) or its class token
+    (ViT, DINOv2), and mean pooling if it has none.
 
     Raises:
-        ValueError: it is ternary already, has no transformer, or ``max_length`` exceeds its own.
+        ValueError: it is ternary already, has no transformer, does not embed ``modality``, or ``max_length`` exceeds its
+            own.
+        ImportError: sentence-transformers is too old for images.
     """
+    version = sentence_transformers.__version__
+    if modality == "image" and int(version.partition(".")[0]) < 6:
+        raise ImportError(
+            f'images need sentence-transformers 6, not {version}: pip install "sentence-transformers[image]>=6"'
+        )
     teacher = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": torch.float32})
     if not isinstance(getattr(teacher[0], "auto_model", None), PreTrainedModel):
         raise ValueError(f"teacher {name} has no transformer (its first module is {type(teacher[0]).__name__})")
@@ -28,10 +43,39 @@ def load_teacher(name: str, max_length: int | None = None) -> SentenceTransforme
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         kind = "ternary already" if method == QUANT_METHOD else f"quantized ({method})"
         raise ValueError(f"teacher {name} is {kind}; distil from the full-precision model that it was made from")
+    _check_modality(teacher, name, modality)
+    if modality == "image":
+        teacher.processor.do_convert_rgb = True  # ViT's own fails on an image that is grey or transparent
+        if not is_sentence_transformer_model(name):
+            _choose_pooling(teacher)
     own = teacher.max_seq_length
     if max_length is not None and own is not None and max_length > own:
         raise ValueError(f"max_length={max_length} exceeds the {own} tokens that teacher {name} is made for; use less")
     return teacher.eval().requires_grad_(False)
+
+
+def _check_modality(teacher: SentenceTransformer, name: str, modality: str) -> None:
+    methods = {kind: how["method"] for kind, how in getattr(teacher[0], "modality_config", {}).items()}
+    if methods and modality not in methods:
+        raise ValueError(f"teacher {name} embeds {' and '.join(map(str, methods))}, not {modality}; give it what it embeds")
+    if methods and methods[modality] != "forward":
+        raise ValueError(
+            f"teacher {name} has one encoder for texts and another for images; give the one alone, saved with its "
+            "processor (as transformers' CLIPVisionModel, say)"
+        )
+
+
+def _choose_pooling(teacher: SentenceTransformer) -> None:
+    """Replace the mean pooling that sentence-transformers gives every transformers model, if a vision model has its own."""
+    transformer = transformer_of(teacher)
+    module, pooling = cast(tuple[Any, Any], teacher)
+    if transformer.config.model_type in POOLED:
+        module.modality_config = {"image": {"method": "forward", "method_output_name": "pooler_output"}}
+        module.module_output_name = "sentence_embedding"
+        transformer.config.projection_dim = transformer.config.hidden_size  # CLIP's projection is no part of this model
+        del teacher[1]
+    elif any(name.endswith("cls_token") for name, _ in transformer.named_parameters()):
+        pooling.pooling_mode = "cls"
 
 
 def transformer_of(model: SentenceTransformer) -> PreTrainedModel:
@@ -66,19 +110,32 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> "Encoder":
         return super().train(False)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, Any]:
-        """int64 ``[B, L]`` each -> ``hidden`` (tuple of ``[B, L, D]``, the embeddings first, the last layer last),
-        ``embedding`` ``[B, D']`` and ``relations`` (list of ``[B, L, D]``)."""
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Texts, int64 ``[B, L]`` each, or images, float ``[B, C, H, W]`` (whose mask is not needed) -> ``hidden`` (tuple of
+        ``[B, L, D]``, the embeddings first, the last layer last), ``embedding`` ``[B, D']`` and ``relations`` (list of
+        ``[B, L, D]``)."""
         self._captured.clear()
-        output = self.model({"input_ids": input_ids, "attention_mask": attention_mask})
-        hidden = (*output["all_layer_embeddings"][:-1], output["token_embeddings"])
+        images = {"pixel_values": pixel_values, "modality": "image"}
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask}
+        output = self.model(texts if pixel_values is None else images)
+        *layers, last = output["all_layer_embeddings"]
+        hidden = (*layers, output.get("token_embeddings", last))
         return {"hidden": hidden, "embedding": output["sentence_embedding"], "relations": list(self._captured)}
 
 
 def make_student(
     teacher: SentenceTransformer, config: TernaryConfig, learned_scale: bool = True, attn_implementation: str | None = None
 ) -> SentenceTransformer:
-    """A trainable, fake-quantized copy of ``teacher``; arguments as in :func:`hf_ternary.convert.fake_ternarize_model`."""
+    """A trainable, fake-quantized copy of ``teacher``; arguments as in :func:`hf_ternary.convert.fake_ternarize_model`.
+
+    Only Linear layers and token tables are quantized: the patch embedding of a vision model, a convolution, its position
+    table, norms and layer scales stay in float.
+    """
     student = copy.deepcopy(teacher).requires_grad_(True)
     transformer = transformer_of(student)
     ties = dict(transformer.all_tied_weights_keys)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -18,13 +19,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from . import losses
 from .arguments import DistillArguments
-from .data import Collator, TokenBatches, TokenizedTexts
+from .data import Collator, ImageCollator, Images, TokenBatches, TokenizedTexts
 from .health import Health, write_log
 from .student import Encoder, set_strength
 
 logger = logging.getLogger(__name__)
 
-# A held-out text of more tokens counts as long.
+# A held-out text (or image) of more tokens counts as long.
 LONG = 64
 
 
@@ -35,8 +36,8 @@ class DistillTrainer(Trainer):
         student: fake-quantized; trained in place.
         teacher: the same encoder in full precision.
         args: options; ``args.max_steps`` is set to the length of the plan.
-        train, held_out: tokenized texts.
-        pad_id: token id that pads a batch.
+        train, held_out: texts or images.
+        collate: makes batches of them.
     """
 
     args: DistillArguments
@@ -46,9 +47,9 @@ class DistillTrainer(Trainer):
         student: Encoder,
         teacher: Encoder,
         args: DistillArguments,
-        train: TokenizedTexts,
-        held_out: TokenizedTexts,
-        pad_id: int,
+        train: TokenizedTexts | Images,
+        held_out: TokenizedTexts | Images,
+        collate: Collator | ImageCollator,
     ) -> None:
         accumulation = args.gradient_accumulation_steps
         self.batches = TokenBatches(
@@ -69,7 +70,7 @@ class DistillTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         self.student, self.teacher = student, teacher.to(args.device)
-        self.train_texts, self.held_out, self.collate = train, held_out, Collator(pad_id)
+        self.train_data, self.held_out, self.collate = train, held_out, collate
         self.output = Path(args.output_dir or ".")
         self.weights = {name: weight for name, weight in args.loss_weights().items() if weight}
         self.health = Health(student)
@@ -85,7 +86,7 @@ class DistillTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(
-            self.train_texts,
+            self.train_data,
             batch_sampler=self.batches,
             collate_fn=self.collate,
             num_workers=self.args.dataloader_num_workers,
@@ -112,13 +113,23 @@ class DistillTrainer(Trainer):
             self.optimizer = cls([group for group in groups if group["params"]], **options)
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The trainer's, or one that halves the learning rate ``lr_halvings`` times, after equal numbers of steps."""
+        if self.args.lr_halvings and self.lr_scheduler is None:
+            size = math.ceil(num_training_steps / (self.args.lr_halvings + 1))
+            optimizer = optimizer or self.create_optimizer()
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step // size))
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if not self._batches:
             self._since = time.perf_counter()
         index = inputs.pop("index")
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             wanted = self.teacher(**inputs)
         got = model(**inputs)
         parts = self._parts(got, wanted, inputs["attention_mask"].bool())
@@ -173,14 +184,14 @@ class DistillTrainer(Trainer):
     def _stop_at_nan(self, parts: dict[str, torch.Tensor], index: torch.Tensor) -> None:
         values = ", ".join(f"{name} {part.item():.4g}" for name, part in parts.items())
         raise FloatingPointError(
-            f"the loss is not finite at step {self.state.global_step + 1} ({values}); texts of the batch: {index.tolist()}, "
-            f"the first is {self.train_texts.texts[int(index[0])][:80]!r}. Fix: a smaller learning_rate"
+            f"the loss is not finite at step {self.state.global_step + 1} ({values}); {self.train_data.kind} of the batch: "
+            f"{index.tolist()}, the first is {self.train_data.describe(int(index[0]))}. Fix: a smaller learning_rate"
         )
 
     @torch.no_grad()
     def _hidden_power(self) -> list[float]:
-        """Mean square of the teacher's hidden states, layer by layer, over the first texts of the plan."""
-        batch = self._batch(self.train_texts, self.batches.batches[0][:64])
+        """Mean square of the teacher's hidden states, layer by layer, over the first batch of the plan."""
+        batch = self._batch(self.train_data, self.batches.batches[0][:64])
         mask = batch["attention_mask"].bool()
         return [hidden[mask].float().square().mean().item() for hidden in self.teacher(**batch)["hidden"]]
 
@@ -199,30 +210,31 @@ class DistillTrainer(Trainer):
                 f"whole one is {last_checkpoint(self.output)}. Fix: make room and run the same command again"
             ) from error
 
-    def calibration_batches(self, texts: int) -> list[dict[str, Any]]:
-        """The first ``texts`` texts of the plan, in batches of 32 of about one length."""
-        chosen = np.concatenate(self.batches.batches)[:texts]
-        chosen = chosen[self.train_texts.lengths[chosen].argsort()]
-        return [self._batch(self.train_texts, chosen[i : i + 32]) for i in range(0, len(chosen), 32)]
+    def calibration_batches(self, count: int) -> list[dict[str, Any]]:
+        """The first ``count`` texts of the plan, in batches of 32 of about one length."""
+        chosen = np.concatenate(self.batches.batches)[:count]
+        chosen = chosen[self.train_data.lengths[chosen].argsort()]
+        return [self._batch(self.train_data, chosen[i : i + 32]) for i in range(0, len(chosen), 32)]
 
-    def _batch(self, texts: TokenizedTexts, index: np.ndarray) -> dict[str, Any]:
+    def _batch(self, data: TokenizedTexts | Images, index: np.ndarray) -> dict[str, Any]:
         """Inputs of an encoder, on its device."""
-        batch = self.collate([texts[i] for i in index])
-        return self._prepare_inputs({name: batch[name] for name in ("input_ids", "attention_mask")})
+        batch = self.collate([data[int(i)] for i in index])
+        del batch["index"]
+        return self._prepare_inputs(batch)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean cosine to the teacher on the held-out texts, on all, on short (up to 64 tokens) and on long ones."""
         started = time.perf_counter()
-        texts = self.held_out
-        if not len(texts):
+        data = self.held_out
+        if not len(data):
             return {}
         if self._teacher_held_out is None:
-            self._teacher_held_out = self._embed(self.teacher, texts)
-        cosines = F.cosine_similarity(self._embed(self.student, texts), self._teacher_held_out)
+            self._teacher_held_out = self._embed(self.teacher, data)
+        cosines = F.cosine_similarity(self._embed(self.student, data), self._teacher_held_out)
         metrics = {f"{metric_key_prefix}_cosine": cosines.mean().item()}
-        long = torch.from_numpy(texts.lengths > LONG)
+        long = torch.from_numpy(data.lengths > LONG)
         for name, chosen in (("short", ~long), ("long", long)):
             if chosen.any():
                 metrics[f"{metric_key_prefix}_cosine_{name}"] = cosines[chosen].mean().item()
@@ -232,13 +244,12 @@ class DistillTrainer(Trainer):
         return metrics
 
     @torch.no_grad()
-    def _embed(self, encoder: Encoder, texts: TokenizedTexts) -> torch.Tensor:
-        """float32 ``[texts, D]`` on the CPU, computed in batches of about one length."""
-        order = texts.lengths.argsort()
+    def _embed(self, encoder: Encoder, data: TokenizedTexts | Images) -> torch.Tensor:
+        """float32 ``[len(data), D]`` on the CPU, computed in batches of about one length."""
+        order = data.lengths.argsort()
         rows = []
         for start in range(0, len(order), 32):
-            with self.autocast_smart_context_manager():
-                rows.append(encoder(**self._batch(texts, order[start : start + 32]))["embedding"].float().cpu())
+            rows.append(encoder(**self._batch(data, order[start : start + 32]))["embedding"].float().cpu())
         return torch.cat(rows)[torch.from_numpy(order.argsort())]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -4,9 +4,12 @@ import csv
 import gzip
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Of the fields of a jsonl record; any other is an id or a label.
 FIELD_TYPES = {"text": str, "query": str, "sentence1": str, "sentence2": str, "positive": list, "negative": list}
@@ -89,3 +92,70 @@ def read_texts(path: Path) -> list[str]:
     if not texts:
         raise ValueError(f"{path} holds no text")
     return texts
+
+
+def find_images(folder: Path, split: str) -> Path | None:
+    """``SPLIT.parquet``, if it has a column of images, or ``SPLIT/``, if it holds a folder a class."""
+    path = folder / f"{split}.parquet"
+    if path.is_file():
+        from pyarrow import ArrowInvalid, parquet
+
+        try:
+            return path if "image" in parquet.read_schema(path).names else None
+        except ArrowInvalid as error:
+            raise ValueError(f"{path} is no parquet file: {error}") from error
+    classes = (folder / split).iterdir() if (folder / split).is_dir() else ()
+    return folder / split if any(path.is_dir() for path in classes) else None
+
+
+def read_labelled_images(source: str | Path, splits: Sequence[str]) -> "dict[str, Dataset]":
+    """Labelled images: for each split the columns `image` (a PIL image when it is read, in colour) and `label` (a class).
+
+    Args:
+        source: a folder as :func:`find_images` knows it (labels of a parquet file are in `label`), or a `datasets` id with
+            the columns `image` and `label`.
+        splits: their names; the labels of the first are the classes of all.
+
+    Raises:
+        ValueError: no such data, split, column or label.
+    """
+    tables = {split: _read_split(Path(source), split) for split in splits}
+    classes = _classes(next(iter(tables.values())))
+    return {split: _with_classes(table, classes, f"{source}: {split}") for split, table in tables.items()}
+
+
+def _read_split(source: Path, split: str) -> "Dataset":
+    import datasets
+
+    path = find_images(source, split)
+    if path is None and source.is_dir():
+        raise ValueError(f"{source} lacks {split}.parquet or {split}/CLASS/ with images")
+    try:
+        if path is None:
+            table = datasets.load_dataset(str(source), split=split)
+        elif path.is_file():
+            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        else:
+            table = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
+    except Exception as error:  # datasets and huggingface_hub raise a dozen types for "not found" and "offline"
+        raise ValueError(f"{path or source} cannot be read as images: {error}") from error
+    if missing := {"image", "label"} - set(table.column_names):
+        raise ValueError(f"{path or source} lacks the column {min(missing)!r}; it has {', '.join(table.column_names)}")
+    return table.select_columns(["image", "label"]).cast_column("image", datasets.Image(mode="RGB"))
+
+
+def _classes(table: "Dataset") -> list[str]:
+    label = table.features["label"]
+    return label.names if hasattr(label, "names") else [str(value) for value in sorted(table.unique("label"))]
+
+
+def _with_classes(table: "Dataset", classes: list[str], where: str) -> "Dataset":
+    """The table with labels that are numbers of ``classes``, whatever they were: numbers of its own classes, or values."""
+    import datasets
+
+    label = table.features["label"]
+    names = [label.int2str(value) if hasattr(label, "names") else str(value) for value in table["label"]]
+    if unknown := set(names) - set(classes):
+        raise ValueError(f"{where} has the label {min(unknown)!r}, which no training image has")
+    numbers = [classes.index(name) for name in names]
+    return table.remove_columns("label").add_column("label", numbers, feature=datasets.ClassLabel(names=classes))

@@ -24,7 +24,7 @@ def evaluate(encoder: CachedEncoder, tasks: Sequence[AbsTask], batch_size: int =
     Args:
         encoder: the model.
         tasks: new task objects, from `local_tasks` or `mteb_tasks`.
-        batch_size: texts a forward pass.
+        batch_size: texts or images a forward pass.
         progress: show progress bars.
 
     Returns:

@@ -10,9 +10,11 @@ A local task is a folder with .jsonl or .tsv files, plain or gzipped (.gz). SPLI
 | PairClassification | SPLIT.jsonl {sentence1, sentence2, label: 0 or 1} | average precision of cosine |
 | Classification | train.jsonl and SPLIT.jsonl {text, label} | accuracy of logistic regression on a few examples a label |
 | Clustering | SPLIT.jsonl or one other jsonl of {text, label}, no train.jsonl | v-measure of mini-batch k-means |
+| ImageClassification | train and SPLIT, each a .parquet {image, label} or a folder CLASS/*.png | accuracy of two probes |
 
 The type is recognised by the files. An optional `task.json` sets what files cannot tell: `samples_per_label` and
-`n_experiments` of a classification task.
+`n_experiments` of a classification task. A folder of images is two tasks, FOLDER-linear and FOLDER-knn: logistic regression
+on the embeddings of all training images, and a vote of the nearest of them.
 """
 
 import hashlib
@@ -20,6 +22,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
 
 try:
     from mteb import TaskMetadata, get_task
@@ -33,15 +37,21 @@ try:
     )
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
     from mteb.abstasks.task_metadata import TaskType
+    from mteb.types import Modalities
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 except ImportError as error:
     raise ImportError('evaluation needs mteb; install it with: pip install "hf_ternary[eval]"') from error
 
 from datasets import Dataset
 
-from .files import read_jsonl, read_number, read_object, read_tsv
+from .files import find_images, read_jsonl, read_labelled_images, read_number, read_object, read_tsv
 
 SEED = 42  # MTEB's own
 SPLITS = ("test", "dev")
+NEIGHBOURS = 20  # DINO's, arXiv 2104.14294
 
 LAYOUTS = "the layouts are listed in hf_ternary/evaluation/tasks.py"
 
@@ -50,7 +60,7 @@ class LocalTask(AbsTask):
     """An mteb task whose data comes from a folder. Subclasses name their mteb type and read their layout.
 
     Args:
-        folder: the task's folder; its name is the task's name.
+        folder: the task's folder; the task is named after it.
         split: the split to evaluate.
         seed: of the draws that classification and clustering make.
 
@@ -60,15 +70,18 @@ class LocalTask(AbsTask):
 
     kind: ClassVar[TaskType]
     main_score: ClassVar[str]
+    modality: ClassVar[Modalities] = "text"
+    suffix: ClassVar[str] = ""  # of the name, where a folder is several tasks
     options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, folder: Path, split: str, seed: int = SEED) -> None:
         self.metadata = TaskMetadata(
-            name=folder.name,
+            name=folder.name + self.suffix,
             description=f"{self.kind} task in a local folder",
             dataset={"path": folder.name, "revision": _fingerprint(folder)},
             type=self.kind,
-            category="t2t",
+            category="t2t" if self.modality == "text" else "i2t",
+            modalities=[self.modality],
             eval_splits=[split],
             eval_langs=["eng-Latn"],  # mteb wants one; nothing here depends on it
             main_score=self.main_score,
@@ -150,6 +163,37 @@ class LocalClassification(LocalTask, AbsTaskClassification):
         return {"train": _columns(train, "text", "label"), split: _columns(test, "text", "label")}
 
 
+class LocalLinearProbe(LocalTask, AbsTaskClassification):
+    """Accuracy of logistic regression on the standardized embeddings of all training images, or of a few a label."""
+
+    kind, main_score, modality, suffix = "ImageClassification", "accuracy", "image", "-linear"
+    input_column_name, label_column_name = "image", "label"
+    options = frozenset({"samples_per_label", "n_experiments"})
+    evaluator_model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    n_experiments = 1
+
+    def read(self, folder: Path, split: str) -> dict[str, Dataset]:
+        images = read_labelled_images(folder, ("train", split))
+        if len(images["train"].features["label"].names) < 2:
+            raise ValueError(f"{folder}: the training images have one label only; classification needs at least two")
+        if "samples_per_label" not in vars(self):
+            self.samples_per_label = len(images["train"])
+        return images
+
+
+class LocalNeighbours(LocalLinearProbe):
+    """Accuracy of the nearest training images by cosine, weighted by exp(cosine / 0.07): Caron et al., arXiv 2104.14294."""
+
+    suffix = "-knn"
+    evaluator_model = KNeighborsClassifier(NEIGHBOURS, metric="cosine", weights=lambda apart: np.exp((1 - apart) / 0.07))
+
+    def read(self, folder: Path, split: str) -> dict[str, Dataset]:
+        images = super().read(folder, split)
+        if len(images["train"]) < NEIGHBOURS:
+            raise ValueError(f"{folder}: {len(images['train'])} training images; their vote needs at least {NEIGHBOURS}")
+        return images
+
+
 class LocalClustering(LocalTask, AbsTaskClustering):
     """Clustering: v-measure of mini-batch k-means, mean of ten draws of 16,384 texts with replacement."""
 
@@ -228,12 +272,13 @@ def local_tasks(
     data = Path(data)
     if not data.is_dir():
         raise ValueError(f"{data} is not a folder; pass a folder of tasks, or one task's folder")
-    folders = {f.name: f for f in ([data] if _data_files(data) else sorted(data.iterdir())) if f.is_dir() and _data_files(f)}
+    found = [data] if _data_files(data) else sorted(data.iterdir())
+    folders = {folder.name: folder for folder in found if folder.is_dir() and _data_files(folder)}
     if not folders:
         raise ValueError(f"{data} holds no task; {LAYOUTS}")
     if unknown := [name for name in names or () if name not in folders]:
         raise ValueError(f"{data} holds no task {_some(unknown)}; it has {', '.join(folders)}")
-    return [_open_task(folders[name], split, seed) for name in names or folders]
+    return [task for name in names or folders for task in _open_tasks(folders[name], split, seed)]
 
 
 def mteb_tasks(names: Sequence[str], languages: Sequence[str] | None = None) -> list[AbsTask]:
@@ -256,15 +301,17 @@ def _mteb_task(name: str, languages: Sequence[str] | None) -> AbsTask:
         raise ValueError(f"unknown MTEB task: {str(error.args[0]).removeprefix('KeyError: ')}") from None
 
 
-def _open_task(folder: Path, split: str | None, seed: int) -> AbsTask:
+def _open_tasks(folder: Path, split: str | None, seed: int) -> list[AbsTask]:
     for candidate in (split,) if split else SPLITS:
+        if find_images(folder, candidate):
+            return [probe(folder, candidate, seed) for probe in (LocalLinearProbe, LocalNeighbours)]
         if kind := _kind(folder, candidate):
-            return kind(folder, candidate, seed)
+            return [kind(folder, candidate, seed)]
     raise ValueError(f"{folder} holds no task with a split {split or ' or '.join(SPLITS)}; {LAYOUTS}")
 
 
 def _kind(folder: Path, split: str) -> type[LocalTask] | None:
-    """The type of task that the folder holds for this split, or None."""
+    """The type of task that the folder's texts make for this split, or None."""
     if _has(folder, "corpus.jsonl"):
         return LocalRetrieval if _qrels(folder, split) else None
     if _has(folder, f"{split}.tsv"):
@@ -315,7 +362,11 @@ def _columns(rows: list[dict[str, Any]], *names: str) -> Dataset:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if _stem(path).endswith((".jsonl", ".tsv")) and path.is_file())
+    files = [path for path in folder.glob("*") if _stem(path).endswith((".jsonl", ".tsv", ".parquet")) and path.is_file()]
+    for images in (find_images(folder, split) for split in ("train", *SPLITS)):
+        if images and images.is_dir():
+            files += [path for path in images.glob("*/*") if path.is_file()]
+    return sorted(files)
 
 
 def _stem(path: Path) -> str:
@@ -338,7 +389,8 @@ def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in (*_data_files(folder), *_data_files(folder / "qrels"), folder / "task.json"):
         if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
+            name = path.relative_to(folder).as_posix().removeprefix("qrels/")
+            digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 

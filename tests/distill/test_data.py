@@ -144,9 +144,9 @@ def test_steps_run_over_passes_in_another_order():
 @pytest.mark.parametrize(
     ("lengths", "batch_tokens", "message"),
     [
-        ([100] * 50, 300, r"batch_tokens=300 does not hold 4 texts of 100 tokens; use at least 400"),
-        ([10] * 5, 512, r"5 texts with 50 tokens are fewer than one batch of 512"),
-        ([], 512, r"0 texts"),
+        ([100] * 50, 300, r"batch_tokens=300 does not hold 4 inputs of 100 tokens; use at least 400"),
+        ([10] * 5, 512, r"5 inputs with 50 tokens are fewer than one batch of 512"),
+        ([], 512, r"0 inputs"),
     ],
 )
 def test_texts_that_do_not_fit_a_batch(lengths: list[int], batch_tokens: int, message: str):

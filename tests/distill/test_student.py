@@ -116,6 +116,12 @@ def test_a_ternary_teacher_is_refused(tiny_sentence_transformer: Path, tmp_path:
         load_teacher(str(tmp_path / "m"))
 
 
+def test_images_need_a_newer_library(tiny_sentence_transformer: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sentence_transformers.__version__", "5.6.0")
+    with pytest.raises(ImportError, match=r"need sentence-transformers 6, not 5\.6\.0"):
+        load_teacher(str(tiny_sentence_transformer), modality="image")
+
+
 def test_longer_than_the_teacher_allows(tiny_sentence_transformer: Path):
     with pytest.raises(ValueError, match="max_length=129 exceeds the 128 tokens"):
         load_teacher(str(tiny_sentence_transformer), 129)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from hf_ternary.distill import DistillArguments, distill
+from hf_ternary.distill.student import Encoder
 from hf_ternary.distill.trainer import last_checkpoint
 
 Options = Callable[..., dict[str, Any]]
@@ -61,6 +62,7 @@ def test_a_run_makes_a_loadable_model_that_is_closer_to_the_teacher(options: Opt
 KILL = """
 import json, os, signal, sys
 from hf_ternary.distill import DistillArguments, distill
+from hf_ternary.distill.student import Encoder
 from hf_ternary.distill.health import Health
 
 def on_step_end(self, args, state, control, **kwargs):
@@ -70,6 +72,20 @@ def on_step_end(self, args, state, control, **kwargs):
 Health.on_step_end = on_step_end
 distill(DistillArguments(**json.loads(sys.argv[1])))
 """
+
+
+def test_the_teacher_is_as_mixed_in_precision_as_the_student(options: Options, monkeypatch: pytest.MonkeyPatch):
+    mixed: list[bool] = []
+    forward = Encoder.forward
+
+    def watched(self: Encoder, *args: Any, **inputs: Any) -> dict[str, Any]:
+        mixed.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, *args, **inputs)
+
+    monkeypatch.setattr(Encoder, "forward", watched)
+    distill(DistillArguments(**options(max_steps=2, bf16=True, eval_strategy="no", eval_on_start=False, eval_texts=0)))
+    # The teacher alone is looked at before the first step; then teacher and student take turns.
+    assert mixed == [False, True, True, True, True]
 
 
 def test_kill_and_resume_give_the_bits_of_an_undisturbed_run(options: Options, tmp_path: Path):
@@ -124,6 +140,13 @@ def test_two_processes_equal_one_with_the_same_whole_batch(options: Options, tmp
         torch.testing.assert_close(states[0][name], states[1][name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_the_learning_rate_is_halved_at_equal_intervals(options: Options):
+    run = options(lr_halvings=3, learning_rate=0.8, warmup_steps=0, logging_steps=1, max_steps=8)
+    distill(DistillArguments(**run))
+    rates = [entry["learning_rate"] for entry in log(run) if "learning_rate" in entry]
+    assert rates == [0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1]
+
+
 def test_a_nan_stops_the_run_and_names_step_and_texts(options: Options):
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+ \(.*texts of the batch: \[\d+"):
         distill(DistillArguments(**options(learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0)))
@@ -149,7 +172,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
     ("changes", "message"),
     [
         ({"teacher": ""}, "teacher is not set"),
-        ({"texts": []}, "texts is empty"),
+        ({"texts": []}, "texts and images are both empty"),
+        ({"images": ["a"]}, "texts and images are both set"),
+        ({"lr_halvings": -1}, "lr_halvings=-1"),
         ({"init": "random"}, "init='random' is not allowed: use 'rounded' or 'compensated'"),
         ({"gradual": 1.5}, "gradual=1.5"),
         ({"passage_words": [20, 10]}, "passage_words"),

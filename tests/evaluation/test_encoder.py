@@ -39,5 +39,5 @@ def test_each_text_is_encoded_once(angles: SentenceTransformer, tmp_path: Path, 
 def test_embeddings_that_are_not_finite(tmp_path: Path, bad: float) -> None:
     model = word_model({"a0": [1, 0], "a10": [0, 1], "a90": [bad, 1]})
     (tmp_path / "test.tsv").write_text(ROWS)
-    with pytest.raises(ValueError, match="NaN or infinity for 1 of 1 texts, first for 'a90'"):
+    with pytest.raises(ValueError, match="NaN or infinity for 1 of 1 inputs, first for 'a90'"):
         evaluate(CachedEncoder(model), local_tasks(tmp_path), progress=False)

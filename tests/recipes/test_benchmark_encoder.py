@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
 from typer import Typer
 from typer.testing import CliRunner
 
 import hf_ternary
+from tests.conftest import save_tiny_vit
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = runpy.run_path(str(RECIPES / "benchmark_encoder.py"))
@@ -52,6 +55,28 @@ def test_a_run_without_exports(packed: Path, tmp_path: Path) -> None:
         assert ours["peak_bytes"]["median"] < through["peak_bytes"]["median"]
 
 
+def test_a_run_of_images(tmp_path: Path) -> None:
+    teacher, packed, output = save_tiny_vit(tmp_path / "vit"), tmp_path / "packed", tmp_path / "encoder.json"
+    config = hf_ternary.TernaryConfig(modules_to_not_convert=[])
+    AutoModel.from_pretrained(teacher, quantization_config=config).save_pretrained(packed)
+    shutil.copy(teacher / "preprocessor_config.json", packed)
+    app = Typer()
+    app.command()(RECIPE["main"])
+    options = ["--teacher", str(teacher), "--quick", "--threads", "1", "--rounds", "2", "--starts", "1"]
+    done = CliRunner().invoke(app, [str(packed), *options, "--output", str(output)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+    written = json.loads(output.read_text())
+    assert written["max_seq_length"] is None
+    assert written["linear_macs_per_token"] == 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    # 2 % of 20 and of 16,384 tokens, rounded up; 16 patches of 4 pixels and the class token.
+    assert [(w["images"], w["tokens"]) for w in written["workloads"].values()] == [(1, 17), (20, 20 * 17)]
+    ours, float32 = written["runs"][0]["contenders"]
+    assert (ours["name"], float32["name"]) == ("ternary", "float32, transformers")
+    assert ours["bytes"] < float32["bytes"]
+    assert 0.5 < ours["cosine"] < float32["cosine"] == 1
+
+
 def test_cosine() -> None:
     ours, teacher = np.array([[1.0, 0], [0.6, 0.8]]), np.array([[1.0, 0], [0, 1]])
     assert RECIPE["cosine"](ours, teacher) == 0.9
@@ -62,7 +87,7 @@ def test_cosine() -> None:
 def test_a_contender_that_fails_is_named(packed: Path) -> None:
     contender = RECIPE["Contender"]("ternary of nothing", "ternary", "nothing")
     with pytest.raises(RuntimeError, match="ternary of nothing failed"):
-        RECIPE["Process"](contender, packed, 128, 1, "a cat")
+        RECIPE["Process"](contender, packed, 128, 1, ["a cat"])
 
 
 def test_two_exports_of_one_name_are_refused(packed: Path) -> None:
@@ -72,9 +97,9 @@ def test_two_exports_of_one_name_are_refused(packed: Path) -> None:
 
 def test_the_texts_are_distinct_and_of_their_length() -> None:
     work = RECIPE["workloads"](RECIPE["sentences"](), 1)
-    assert [len(w.texts) for w in work.values()] == [50, 1024, 128]
-    assert all(len(set(w.texts)) == len(w.texts) for w in work.values())
-    assert {len(text.split()) for text in work["passage"].texts} == {130}
+    assert [len(w.inputs) for w in work.values()] == [50, 1024, 128]
+    assert all(len(set(w.inputs)) == len(w.inputs) for w in work.values())
+    assert {len(text.split()) for text in work["passage"].inputs} == {130}
 
 
 def test_what_is_around_a_runtime_gives_the_embeddings_of_sentence_transformers(tiny_sentence_transformer: Path) -> None:
@@ -82,8 +107,8 @@ def test_what_is_around_a_runtime_gives_the_embeddings_of_sentence_transformers(
     model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
 
     @torch.inference_mode()
-    def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return model[0].auto_model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
+    def run(arrays: dict[str, np.ndarray]) -> np.ndarray:
+        return model[0].auto_model(**{k: torch.from_numpy(v) for k, v in arrays.items()}).last_hidden_state.numpy()
 
     texts = ["a dog", "the cat sat on the red dog", "it runs", "green " * 200, "to"]
     encode = RUNTIMES["batched"](str(tiny_sentence_transformer), 128, run)

@@ -15,6 +15,7 @@ import yaml
 import distill
 from hf_ternary.distill import DistillArguments
 from options import parse
+from tests.conftest import save_tiny_vit
 from tests.distill.conftest import corpus_file, options, teacher  # noqa: F401 - fixtures
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -61,6 +62,16 @@ def test_the_paper_config_is_the_paper():
     assert not paper.learned_scale
 
 
+def test_the_paper_config_of_images_is_the_paper():
+    """Chen et al., arXiv 2411.15438: as for text, but Adam 1e-3, halved every two of ten epochs."""
+    paper = parse(DistillArguments, ["--config", str(RECIPES / "configs" / "dinov2-small-paper.yaml")])
+    config = paper.ternary_config()
+    assert (config.group_size, config.weight_scheme) == ("tensor", "absmean")
+    assert {name for name, weight in paper.loss_weights().items() if weight} == {"hidden"}
+    assert (paper.learning_rate, paper.num_train_epochs, paper.lr_halvings, paper.weight_decay) == (1e-3, 10, 4, 0)
+    assert not paper.learned_scale
+
+
 def test_the_smoke_config_runs(
     teacher: Path,  # noqa: F811
     corpus_file: Path,  # noqa: F811
@@ -74,13 +85,28 @@ def test_the_smoke_config_runs(
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "log.jsonl", "summary.json"}
 
 
+def test_the_smoke_config_of_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("sentence_transformers", minversion="6", reason="images need sentence-transformers 6")
+    Image = pytest.importorskip("PIL.Image", reason="images need Pillow")
+    datasets = pytest.importorskip("datasets", reason="reading images needs datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for i in range(200):
+        Image.new("RGB", (20, 20), (i, 255 - i, 3 * i % 256)).save(tmp_path / "images" / f"{i}.png")
+    flags = ["--teacher", str(save_tiny_vit(tmp_path / "vit")), "--images", str(tmp_path / "images")]
+    config = str(RECIPES / "configs" / "smoke-images.yaml")
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--config", config, *flags, "--output_dir", str(tmp_path / "run")])
+    distill.main()
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "log.jsonl", "summary.json"}
+
+
 @pytest.mark.parametrize(
     ("changes", "content", "message"),
     [
         ({}, "", "is empty"),
         ({}, '{"text": "  "}\n{"text": "\\t"}\n', "holds no text"),
         ({}, '{"text": "the cat"}\n', "too few to hold out 20"),
-        ({"eval_texts": 0}, '{"text": "the cat"}\n', "1 texts with 4 tokens are fewer than one batch of 256"),
+        ({"eval_texts": 0}, '{"text": "the cat"}\n', "1 inputs with 4 tokens are fewer than one batch of 256"),
         ({"texts": ["nothing.jsonl"]}, "", "nothing.jsonl does not exist"),
         ({"max_length": 500}, '{"text": "the cat"}\n', "max_length=500 exceeds the 128 tokens"),
         ({"learning_rat": 1}, "", "'learning_rat' is no option; did you mean 'learning_rate'?"),

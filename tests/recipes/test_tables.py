@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import tables
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "recipes" / "tables.py"
 
@@ -38,3 +42,62 @@ def test_a_changed_result_is_noticed(tmp_path):
     assert run().returncode == 0
     assert "123,456" in (tmp_path / "recipes" / "README.md").read_text()
     assert run("--check").returncode == 0
+
+
+SETTING = {
+    "hardware": {"cpu": "a CPU"},
+    "versions": {"torch": "2", "hf_ternary": "0"},
+    "date": "2026-01-01T00:00",
+    "seed": 42,
+}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes results that the tables read."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "recipes" / "results").mkdir(parents=True)
+    return lambda name, content: (tmp_path / "recipes" / "results" / f"{name}.json").write_text(
+        json.dumps(content | SETTING)
+    )
+
+
+def test_images(write):
+    def run(size, linear, knn):
+        def score(value, baseline):
+            kept = {"score": value, "baseline": baseline, "retention": value / baseline, "samples_per_label": 9000}
+            return kept | {"fidelity": {"texts": 5000, "cosine": 0.95, "overlap_at_10": 0.5}}
+
+        weights = {"weights": {"bytes": size}, "baseline_weights": {"bytes": 88_000_000}}
+        return {"scores": [score(linear, 0.9), score(knn, 0.8)], **weights}
+
+    write("eval-vit-cifar10-ternary", run(8_000_000, 0.891, 0.8))
+    write("eval-vit-cifar10-rounded", run(8_000_000, 0.45, 0.2))
+    table = tables.images()
+    assert "| float32 | 88.0 | 90.0 | 80.0 |  |  |" in table
+    assert "| ternary, distilled | 8.0 | 89.1 (99.0 %) | 80.0 (100.0 %) | 0.950 | 0.500 |" in table
+    assert "| rounded, not trained | 8.0 | 45.0 (50.0 %) | 20.0 (25.0 %) | 0.950 | 0.500 |" in table
+    assert "on 5,000 test images" in table
+    assert "among 9,000 labelled" in table
+
+
+def test_image_encoder(write):
+    def contender(name, one, batch, slower):
+        times = {"milliseconds": {"one": one, "batch": batch}, "times_slower": {"one": slower, "batch": slower}}
+        times = {kind: {work: {"median": value} for work, value in values.items()} for kind, values in times.items()}
+        sizes = {"peak_bytes": {"median": 5e8}, "bytes": 8e6, "cosine": 0.9876, "start_seconds": {"median": 1.5}}
+        return {"name": name, **sizes, **times}
+
+    for size, tokens in ((224, 257), (56, 17)):
+        work = {"one": {"images": 20, "tokens": 20 * tokens}, "batch": {"images": 50, "tokens": 50 * tokens}}
+        runs = [
+            {"threads": 1},
+            {"threads": 2, "contenders": [contender("ternary", 4.0, 100.0, 1), contender("float32", 8.0, 200.0, 2)]},
+        ]
+        write(f"encoder-vit-{size}", {"workloads": work, "runs": runs, "rounds": 7, "starts": 5})
+    table = tables.image_encoder()
+    assert "| **257 tokens an image** |" in table
+    assert "| **17 tokens an image** |" in table
+    assert "| ternary | 4.00 (1.00) | 500 (1.00) | 1.50 | 500.0 | 8.0 | 0.988 |" in table
+    assert "| float32 | 8.00 (2.00) | 250 (2.00) |" in table
+    assert "2 threads" in table
