@@ -320,15 +320,14 @@ class NativeEncoder:
         """
         return self._native.hidden_states(ids, types, states, mask, rows, columns, y, threads)
 
-    def embeddings(self, ids: np.ndarray, offsets: np.ndarray, pooling: str, normalize: bool, threads: int) -> np.ndarray:
-        """Pooled embeddings, float32 ``[sequences, hidden]``, of ids int64 from ``offsets[i]`` to ``offsets[i + 1]``.
+    def embeddings(self, ids: list[list[int]], pooling: str, normalize: bool, threads: int) -> np.ndarray:
+        """Pooled embeddings, float32 ``[len(ids), hidden]``, of the token ids of several sequences.
 
         Raises:
             ValueError: an id without a row in the token table, or a sequence longer than the positions.
         """
-        y = np.empty((len(offsets) - 1, self.hidden), np.float32)
-        addresses = ids.ctypes.data, 0, offsets.ctypes.data
-        if not self._native.embeddings(*addresses, len(y), pooling, normalize, y.ctypes.data, threads):
+        y = np.empty((len(ids), self.hidden), np.float32)
+        if not self._native.embeddings(ids, pooling, normalize, y.ctypes.data, threads):
             raise ValueError(
                 f"a text has a token id outside the table, or more tokens than the model's {self.positions} positions. "
                 "Fix: use the tokenizer that belongs to the model, or a smaller max_seq_length"

@@ -11,9 +11,11 @@ everything that looks at the class's name (saving, pipelines, conversion) sees t
 
 import functools
 import inspect
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -82,6 +84,10 @@ def _native_class(base: Any) -> Any:
         _, arguments, *state = base.__reduce_ex__(self, protocol)
         return _new, (base, *arguments[1:]), *state
 
+    def train(self: Any, mode: bool = True) -> Any:
+        # Looking is quicker than setting: sentence-transformers calls eval() in every encode().
+        return self if all(m.training == mode for m in self.modules()) else base.train(self, mode)
+
     members = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -89,6 +95,7 @@ def _native_class(base: Any) -> Any:
         "__reduce_ex__": reduce,
         "hf_ternary_base": base,
         "forward": forward,
+        "train": train,
     }
     return type(base)(base.__name__, (base,), members)
 
@@ -198,8 +205,13 @@ class _State:
 
     def __init__(self, module: Any) -> None:
         modules = [module, *(m for part in _parts(module) for m in part.modules())]
-        self._modules, self._hooked = modules, _hooked(modules)
-        self._slots = [slot for m in modules for slot in _slots(m)]
+        self._inner = modules[1:]  # the encoder's own hooks run around its forward
+        self._tables = [table for m in modules for table in (m._parameters, m._buffers, m._modules)]
+        self._tables += [table for m in self._inner for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._tables += [nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks]
+        self._contents = self._read()
+        self._tensors = [v for v in self._contents if isinstance(v, torch.Tensor) and not v.is_inference()]
+        self._versions = [tensor._version for tensor in self._tensors]
         self.native: NativeEncoder | None = None
         self.obstacle = _obstacle(modules)
         if self.obstacle is not None:
@@ -222,10 +234,15 @@ class _State:
             self.obstacle = str(error)
 
     def holds(self) -> bool:
-        """Whether no weight was changed or replaced, and no module, since."""
-        return _hooked(self._modules) == self._hooked and all(
-            table.get(key) is value and _version(value) == version for table, key, value, version in self._slots
-        )
+        """Whether no weight was changed or replaced, no module, and no hook, since."""
+        contents = self._read()
+        same = len(contents) == len(self._contents) and all(map(operator.is_, contents, self._contents))
+        return same and [tensor._version for tensor in self._tensors] == self._versions
+
+    def _read(self) -> list[Any]:
+        """Parameters, buffers, submodules, hooks and replaced forwards."""
+        forwards = [vars(m).get("forward") for m in self._inner]
+        return [*chain.from_iterable(map(dict.values, self._tables)), *forwards]
 
 
 _states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
@@ -244,15 +261,6 @@ def _state(module: nn.Module) -> _State:
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
     """The children that the native encoder replaces."""
     return (child for name, child in module.named_children() if name != "pooler")
-
-
-def _slots(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, int]]:
-    tables: tuple[Any, ...] = (module._parameters, module._buffers, module._modules)
-    return ((table, key, value, _version(value)) for table in tables for key, value in table.items() if key != "pooler")
-
-
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def _hooked(modules: list[nn.Module]) -> bool:

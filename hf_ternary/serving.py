@@ -102,11 +102,10 @@ class Encoder:
             many = [prefix + text for text in many]
         y = np.empty((len(many), self.dimension), np.float32)
         done = 0
-        for ids, offsets in self._tokenize(many):
-            count = len(offsets) - 1
+        for ids in self._tokenize(many):
             normalized = self._normalize if normalize is None else normalize
-            y[done : done + count] = self._native.embeddings(ids, offsets, self._pooling, normalized, self.threads)
-            done += count
+            y[done : done + len(ids)] = self._native.embeddings(ids, self._pooling, normalized, self.threads)
+            done += len(ids)
         if not np.isfinite(y).all():
             raise ValueError(f"an embedding is not finite: the model holds numbers that are too large. {_RESAVE}")
         return y[0] if isinstance(texts, str) else y
@@ -123,8 +122,8 @@ class Encoder:
             )
         return self.prompts[name]
 
-    def _tokenize(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Token ids, int64, and where each text begins and the last ends, int64; a few thousand tokens at a time."""
+    def _tokenize(self, texts: list[str]) -> Iterator[list[list[int]]]:
+        """Token ids of the texts; a few thousand tokens at a time."""
         for first in range(0, len(texts), _TEXTS):
             some = texts[first : first + _TEXTS]
             one = len(some) == 1  # spares waking the tokenizer's threads
@@ -133,16 +132,10 @@ class Encoder:
             for encoding in encodings:
                 rows.append(encoding.ids)
                 if sum(map(len, rows)) >= _TOKENS:
-                    yield _flatten(rows)
+                    yield rows
                     rows = []
             if rows:
-                yield _flatten(rows)
-
-
-def _flatten(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return np.fromiter((i for row in rows for i in row), np.int64, int(offsets[-1])), offsets
+                yield rows
 
 
 def _modules(folder: Path) -> tuple[Path, str, bool]:

@@ -1,10 +1,12 @@
 """The native encoder against the module-wise path of the same model, which runs whenever gradients are on."""
 
 import copy
+import gc
 import os
 import pickle
 import signal
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -467,6 +469,21 @@ def test_a_changed_weight_is_noticed(bert: Any):
     assert_same_embeddings(bert, batch([5]))
     bert.encoder.layer[0].output.dense = TernaryLinear.from_float(torch.nn.Linear(64, HIDDEN))
     assert_same_embeddings(bert, batch([5]))
+
+
+def test_eval_reaches_every_module(bert: Any):
+    bert.encoder.layer[0].train()
+    assert not bert.eval().encoder.layer[0].training
+    assert all(m.training for m in bert.train().modules())
+
+
+def test_a_model_no_longer_used_is_freed(bert: Any):
+    twin = copy.deepcopy(bert)
+    native(twin, batch([5]))
+    alive = weakref.ref(twin)
+    del twin
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_dequantized_model_falls_back(bert: Any):

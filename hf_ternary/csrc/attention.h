@@ -34,27 +34,38 @@ HF_TERNARY_INLINE float quantize_words(const float* x, std::int64_t n, float lev
   return finite ? absmax / levels : absmax - absmax;
 }
 
+// Head by head, for the tokens of one panel together: threads that fill other lanes of the same panel get hold of each of its
+// cache lines once, not once a token.
 template <class Isa>
 void load_attention(const float* qkv, std::int64_t first, std::int64_t rows, const AttentionOperands& out) {
   constexpr std::int64_t kLanes = Isa::kLanes;
   const std::int64_t d = out.head_dim, dim = out.dim, width = out.heads * d, pairs = dim / 2;
   const float levels = query_levels(d), root = 1.0f / square_root(static_cast<float>(d));
-  std::int16_t codes[2][1024];
-  for (std::int64_t r = 0; r < rows; ++r, qkv += 3 * width) {
-    const std::int64_t token = first + r, panel = token / kLanes, lane = token % kLanes;
+  std::int16_t codes[kLanes][1024];
+  for (std::int64_t last = first + rows, count; first < last; first += count, qkv += count * 3 * width) {
+    const std::int64_t panel = first / kLanes, lane = first % kLanes;
+    count = last - first < kLanes - lane ? last - first : kLanes - lane;
     for (std::int64_t h = 0; h < out.heads; ++h) {
-      out.query_scale[h * out.tokens + token] =
-          root * quantize_words<Isa>(qkv + h * d, d, levels, dim, out.query + (h * out.tokens + token) * dim);
-
-      out.key_scale[h * out.padded + token] = quantize_words<Isa>(qkv + width + h * d, d, levels, dim, codes[0]);
+      const float* x = qkv + h * d;
+      for (std::int64_t t = 0; t < count; ++t, x += 3 * width) {
+        const std::int64_t token = h * out.tokens + first + t;
+        out.query_scale[token] = root * quantize_words<Isa>(x, d, levels, dim, out.query + token * dim);
+        out.key_scale[h * out.padded + first + t] = quantize_words<Isa>(x + width, d, levels, dim, codes[t]);
+      }
       std::int16_t* key = out.key + ((h * (out.padded / kLanes) + panel) * pairs * kLanes + lane) * 2;
-      for (std::int64_t p = 0; p < pairs; ++p) std::memcpy(key + p * kLanes * 2, codes[0] + 2 * p, 4);
-
-      const float* value = qkv + 2 * width + h * d;
-      std::int16_t* to = out.value + (h * dim * out.padded / 2 + token / 2 * kLanes) * 2 + token % 2;
-      out.value_scale[h * out.padded + token] = quantize_words<Isa>(value, d, kValueLevels, dim, codes[0]);
-      for (std::int64_t k = 0; k < dim; k += kLanes, to += out.padded * kLanes) {
-        for (std::int64_t i = 0; i < kLanes; ++i) to[2 * i] = codes[0][k + i];
+      for (std::int64_t p = 0; p < pairs; ++p, key += kLanes * 2) {
+        for (std::int64_t t = 0; t < count; ++t) std::memcpy(key + 2 * t, codes[t] + 2 * p, 4);
+      }
+      x = qkv + 2 * width + h * d;
+      for (std::int64_t t = 0; t < count; ++t, x += 3 * width) {
+        out.value_scale[h * out.padded + first + t] = quantize_words<Isa>(x, d, kValueLevels, dim, codes[t]);
+      }
+      std::int16_t* value = out.value + h * dim * out.padded;
+      for (std::int64_t k = 0; k < dim; k += kLanes, value += out.padded * kLanes) {
+        for (std::int64_t t = 0; t < count; ++t) {
+          std::int16_t* to = value + (first + t) / 2 * kLanes * 2 + (first + t) % 2;
+          for (std::int64_t i = 0; i < kLanes; ++i) to[2 * i] = codes[t][k + i];
+        }
       }
     }
   }

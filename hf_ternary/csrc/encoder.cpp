@@ -22,9 +22,11 @@ void add_codes(const std::uint8_t* codes, const float* scale, std::int64_t group
                std::int64_t width) {
   constexpr int kMask = (1 << kBits) - 1, kPerByte = 8 / kBits;
   constexpr float kOffset = 0.5f - (1 << (kBits - 1));
-  for (std::int64_t k = 0; k < width; ++k) {
-    const int code = codes[k / kPerByte] >> (k % kPerByte * kBits) & kMask;
-    x[k] += (static_cast<float>(code) + kOffset) * scale[k / group_size] * multiplier;
+  for (std::int64_t k = 0; k < width; ++scale) {
+    for (const std::int64_t end = k + group_size; k < end; ++k) {
+      const int code = codes[k / kPerByte] >> (k % kPerByte * kBits) & kMask;
+      x[k] += (static_cast<float>(code) + kOffset) * *scale * multiplier;
+    }
   }
 }
 

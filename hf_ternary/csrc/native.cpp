@@ -110,15 +110,14 @@ bool hidden_states(const Encoder& encoder, const std::int64_t* ids, const std::i
   return true;
 }
 
-// ids (and types, or null) int64, sequence i in [offsets[i], offsets[i + 1]); y float32 [count, hidden].
-bool embeddings(const Encoder& encoder, const std::int64_t* ids, const std::int64_t* types, const std::int64_t* offsets,
-                std::int64_t count, Pooling how, bool normalize, float* y, int threads) {
+// y float32 [ids.size(), hidden]; false, and y unwritten: an id out of range.
+bool embeddings(const Encoder& encoder, const std::vector<std::vector<std::int64_t>>& ids, Pooling how, bool normalize,
+                float* y, int threads) {
   std::vector<Sequence> sequences;
-  sequences.reserve(count);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t first = offsets[i];
-    sequences.push_back(
-        {ids + first, types ? types + first : nullptr, nullptr, 0, offsets[i + 1] - first, y + i * encoder.hidden()});
+  sequences.reserve(ids.size());
+  for (const std::vector<std::int64_t>& row : ids) {
+    sequences.push_back({row.data(), nullptr, nullptr, 0, static_cast<std::int64_t>(row.size()), y});
+    y += encoder.hidden();
   }
   if (!all_fit(encoder, sequences)) return false;
   encoder.run(sequences, how, normalize, threads);
@@ -204,11 +203,9 @@ NB_MODULE(_native, m) {
           "threads"_a)
       .def(
           "embeddings",
-          [](const Encoder& self, std::uintptr_t ids, std::uintptr_t types, std::uintptr_t offsets, std::int64_t count,
-             const std::string& how, bool normalize, std::uintptr_t y, int threads) {
-            return embeddings(self, at<const std::int64_t>(ids), at<const std::int64_t>(types),
-                              at<const std::int64_t>(offsets), count, pooling(how), normalize, at<float>(y), threads);
+          [](const Encoder& self, const std::vector<std::vector<std::int64_t>>& ids, const std::string& how, bool normalize,
+             std::uintptr_t y, int threads) {
+            return embeddings(self, ids, pooling(how), normalize, at<float>(y), threads);
           },
-          nb::call_guard<nb::gil_scoped_release>(), "ids"_a, "types"_a, "offsets"_a, "count"_a, "pooling"_a, "normalize"_a,
-          "y"_a, "threads"_a);
+          nb::call_guard<nb::gil_scoped_release>(), "ids"_a, "pooling"_a, "normalize"_a, "y"_a, "threads"_a);
 }
