@@ -88,12 +88,13 @@ def kernels() -> str:
 def encoder() -> str:
     """Whole encoders with all threads: speed, start-up, memory, size and fidelity of each contender."""
     result = results("encoder-all-MiniLM-L6-v2")
-    run = max(result["runs"], key=lambda run: run["threads"])
+    alone, run = (f(result["runs"], key=lambda run: run["threads"]) for f in (min, max))
     work = result["workloads"]
 
     kept = results("eval-all-MiniLM-L6-v2-ternary")["summary"]["all"]
     lengths = [f"{workload['tokens'] / workload['texts']:.0f}" for workload in work.values()]
     shares = [f"{100 * rate / run['peak_gmacs']:.0f} %" for rate in run["gmacs"].values()]
+    times = [run["gmacs"][name] / alone["gmacs"][name] for name in work]
     note = (
         f"One query, {work['short']['texts']:,} sentences, {work['passage']['texts']} passages, of {', '.join(lengths[:2])} "
         f"and {lengths[2]} tokens on average, tokenizer included; in brackets, times as slow as ternary, the median of "
@@ -101,7 +102,8 @@ def encoder() -> str:
         f"{result['starts']}. Rows without sentence-transformers use `tokenizers`, the runtime and numpy. Cosine to the "
         f"float32 model on these texts; the ternary model keeps {100 * kept['retention']:.1f} % of its score on "
         f"{kept['tasks']} tasks. Its linear layers are {', '.join(shares[:2])} and {shares[2]} of the multiply-adds that "
-        f"vpdpbusd can do in the time of the whole call. {run['threads']} threads, {setting(result)}."
+        f"vpdpbusd can do in the time of the whole call. {run['threads']} threads, {times[0]:.2f}, {times[1]:.2f} and "
+        f"{times[2]:.2f} times as fast as {alone['threads']}; {setting(result)}."
     )
     header = ["", "query, ms", "sentences/s", "passages/s", "start, s", "memory, MB", "file, MB", "cosine"]
     return markdown(header, contenders(run, work), note)
