@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
-from hf_ternary.distill.data import read_texts
+from hf_ternary.distill.texts import read_texts
 from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
 from hf_ternary.evaluation.tasks import SEED, local_tasks, mteb_tasks
 

@@ -1,7 +1,7 @@
 """Distillation: a ternary student learns from its full-precision teacher, on unlabelled texts or images.
 
 - `arguments`: every option, over transformers' `TrainingArguments`
-- `data`: texts, passages, tokens, images, batches
+- `data`, `texts`, `images`: what it learns from, and batches of it
 - `student`: the teacher's fake-quantized copy, and the packed model it becomes
 - `losses`: what student and teacher are compared by
 - `calibrate`: a start that compensates rounding errors
@@ -11,7 +11,9 @@
 """
 
 from .arguments import DistillArguments
-from .data import Corpus, read_corpus, read_images
+from .data import Corpus
+from .images import read_images
 from .run import distill
+from .texts import read_corpus
 
 __all__ = ["Corpus", "DistillArguments", "distill", "read_corpus", "read_images"]

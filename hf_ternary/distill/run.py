@@ -17,9 +17,11 @@ from ..evaluation.results import provenance, write_json
 from ..hub import save_pretrained
 from .arguments import DistillArguments
 from .calibrate import compensate
-from .data import Collator, Corpus, ImageCollator, Images, TokenizedTexts, read_corpus, read_images
+from .data import Corpus
 from .health import plot
+from .images import ImageCollator, Images, read_images
 from .student import Encoder, load_teacher, make_student, pack_student, transformer_of
+from .texts import Collator, TokenizedTexts, read_corpus
 from .trainer import DistillTrainer, last_checkpoint
 
 logger = logging.getLogger(__name__)

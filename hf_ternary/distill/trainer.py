@@ -19,9 +19,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from . import losses
 from .arguments import DistillArguments
-from .data import Collator, ImageCollator, Images, TokenBatches, TokenizedTexts
+from .data import TokenBatches
 from .health import Health, write_log
+from .images import ImageCollator, Images
 from .student import Encoder, set_strength
+from .texts import Collator, TokenizedTexts
 
 logger = logging.getLogger(__name__)
 

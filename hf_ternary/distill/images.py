@@ -1,0 +1,115 @@
+"""Unlabelled images: reading, and pixels as the teacher's processor makes them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .data import Corpus, fingerprint, load, split_weight
+
+
+def read_images(sources: Sequence[str], held_out: int, seed: int) -> Corpus:
+    """As :func:`read_corpus`, of images.
+
+    A source is a folder of images, a parquet file, or a folder or `datasets` id whose split ``train`` has images: in the
+    first column that is declared to hold them, or else in ``image``.
+
+    Returns:
+        A corpus of :class:`Picture`.
+
+    Raises:
+        ValueError, ImportError: as :func:`read_corpus`.
+    """
+    corpus = Corpus()
+    for number, source in enumerate(sources):
+        name, weight = split_weight(source)
+        table = _read_table(name)
+        pictures = [Picture(table, row, name) for row in range(len(table))]
+        corpus.add(pictures, weight, -(-held_out // len(sources)), np.random.default_rng([seed, number]))
+        corpus.sources.append({"source": Path(name).name, "images": len(table), "weight": weight, **fingerprint(name)})
+    corpus.check("images", sources, held_out)
+    return corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One row of a table of images, decoded when it is asked for."""
+
+    table: Any
+    row: int
+    source: str
+
+    def decode(self) -> Any:
+        """A PIL image, in colour.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        try:
+            image = self.table[self.row]["image"]
+        except Exception as error:  # Pillow raises a dozen types for a damaged file
+            raise ValueError(f"{self} cannot be decoded: {error}. Fix: leave it out") from error
+        if image is None:
+            raise ValueError(f"{self} is missing. Fix: leave it out")
+        return image
+
+    def __str__(self) -> str:
+        import datasets
+
+        stored = self.table.cast_column("image", datasets.Image(decode=False))[self.row]["image"] or {}
+        return stored.get("path") or f"image {self.row} of {self.source}"
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Images that an encoder turns into ``tokens`` tokens each."""
+
+    kind = "images"
+
+    def __init__(self, pictures: Sequence[Picture], tokens: int) -> None:
+        self.pictures = pictures
+        self.lengths = np.full(len(pictures), tokens, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"index": index, "image": self.pictures[index].decode()}
+
+    def describe(self, index: int) -> str:
+        return str(self.pictures[index])
+
+
+@dataclass
+class ImageCollator:
+    """Resizes and normalises as the teacher's image ``processor`` does; an image makes ``tokens`` tokens."""
+
+    processor: Any
+    tokens: int
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns ``pixel_values`` float32 ``[B, C, H, W]``, ``attention_mask`` int64 ``[B, tokens]``, all 1, and ``index``
+        int64 ``[B]``."""
+        pixels = self.processor(images=[item["image"] for item in items], return_tensors="pt")["pixel_values"]
+        mask = torch.ones(len(items), self.tokens, dtype=torch.int64)
+        return {"pixel_values": pixels, "attention_mask": mask, "index": torch.tensor([item["index"] for item in items])}
+
+
+def _read_table(source: str) -> Any:
+    """The images of one source: a `datasets.Dataset` with the column ``image``."""
+    path = Path(source).expanduser()
+    table = load(source, "parquet", data_files=str(path)) if path.is_file() else load(source, str(path))
+    import datasets
+
+    declared = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    name = (declared or ["image"])[0]
+    if name not in table.column_names:
+        raise ValueError(f'{source} has no column "image"; it has {", ".join(table.column_names)}')
+    images = table.select_columns([name]).rename_columns({name: "image"})
+    try:
+        return images.cast_column("image", datasets.Image(mode="RGB"))
+    except (TypeError, ValueError, NotImplementedError) as error:  # what pyarrow raises
+        raise ValueError(f'{source} holds no images in its column "{name}": {error}') from error
