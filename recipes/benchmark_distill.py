@@ -1,77 +1,108 @@
-"""Tokens a second of one distillation step on one core: what each part of the fast step is worth.
+"""Tokens a second of one distillation step: what each part of the fast step is worth, on a CPU core or a GPU.
 
     python recipes/benchmark_distill.py TEACHER --output recipes/results/distill-step.json
+    python recipes/benchmark_distill.py TEACHER --device cuda --texts 256 --output recipes/results/distill-step-gpu.json
 
-Processor time, not wall time, so that other programs on the machine matter less.
+On a CPU processor time counts, not wall time, so that other programs on the machine matter less. On a GPU the matrix
+products' share of what the chip reaches in one large bfloat16 product is reported too.
 """
 
 import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_ternary import TernaryConfig
 from hf_ternary.distill.losses import embedding_distance, hidden_error
 from hf_ternary.distill.run import keep_freed_memory
-from hf_ternary.distill.student import Encoder, load_teacher, make_student
+from hf_ternary.distill.student import Encoder, load_teacher, make_student, transformer_of
 from hf_ternary.evaluation.results import provenance, write_json
 
-# (name, the student's config, its attention, bfloat16, keep freed memory). A group as wide as the row computes the same
-# through dense float weights. Memory comes last: it cannot be undone within a process.
-VARIANTS = (
-    ("dense float32 weights", TernaryConfig(embedding_bits=4, group_size=384), "sdpa", False, False),
-    ("int8 products", TernaryConfig(embedding_bits=4), "sdpa", False, False),
-    ("and bfloat16", TernaryConfig(embedding_bits=4), "sdpa", True, False),
-    ("and eager attention", TernaryConfig(embedding_bits=4), "eager", True, False),
-    ("and freed memory kept", TernaryConfig(embedding_bits=4), "eager", True, True),
-)
+
+class Variant(NamedTuple):
+    name: str
+    dense: bool = False  # groups as wide as the model compute the same through dense float weights
+    bf16: bool = False
+    attention: str = "sdpa"
+    keep_memory: bool = False  # comes last: it cannot be undone within a process
+    compiled: bool = False
+
+
+VARIANTS = {
+    "cpu": (
+        Variant("dense float32 weights", dense=True),
+        Variant("int8 products"),
+        Variant("and bfloat16", bf16=True),
+        Variant("and eager attention", bf16=True, attention="eager"),
+        Variant("and freed memory kept", bf16=True, attention="eager", keep_memory=True),
+    ),
+    "cuda": (
+        Variant("float32"),
+        Variant("bfloat16", bf16=True),
+        Variant("and compiled", bf16=True, compiled=True),
+    ),
+}
 
 
 def main(
-    teacher: Annotated[str, typer.Argument(help="Hub id or folder of all-MiniLM-L6-v2")],
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder of a text encoder")],
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     texts: Annotated[int, typer.Option(help="texts a batch")] = 32,
     tokens: Annotated[int, typer.Option(help="tokens a text")] = 64,
     rounds: Annotated[int, typer.Option(help="steps timed")] = 6,
     output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
 ) -> None:
-    torch.set_num_threads(1)
+    if device not in VARIANTS:
+        raise typer.BadParameter(f"--device {device}: use {' or '.join(VARIANTS)}")
+    if device == "cpu":
+        torch.set_num_threads(1)
     torch.manual_seed(0)
-    table = Table("step", "tokens a second")
-    speeds = {}
-    for name, config, attention, bf16, keep in VARIANTS:
-        if keep:
+    peak = None if device == "cpu" else bfloat16_peak()
+    table = Table("step", "tokens a second", "share of peak")
+    speeds, shares = {}, {}
+    for variant in VARIANTS[device]:
+        if variant.keep_memory:
             keep_freed_memory()
-        step = make_step(load_teacher(teacher), config, attention, bf16, texts, tokens)
-        speeds[name] = texts * tokens / best_seconds(step, rounds)
-        table.add_row(name, f"{speeds[name]:.0f}")
+        step = make_step(load_teacher(teacher), variant, device, texts, tokens)
+        seconds = best_seconds(step, device, rounds)
+        speeds[variant.name] = round(texts * tokens / seconds, 1)
+        if peak and not variant.compiled:  # a compiled step does the same products
+            with FlopCounterMode(display=False) as counter:
+                step()
+        if peak:
+            shares[variant.name] = round(counter.get_total_flops() / seconds / peak, 4)
+        table.add_row(variant.name, f"{speeds[variant.name]:.0f}", f"{shares[variant.name]:.1%}" if peak else "")
     Console().print(table)
     if output is not None:
-        rounded = {name: round(speed, 1) for name, speed in speeds.items()}
-        write_json(output, {"texts": texts, "tokens": tokens, "tokens_per_second": rounded, **provenance(0)})
+        result = {"texts": texts, "tokens": tokens, "tokens_per_second": speeds, "share_of_peak": shares, "peak_flops": peak}
+        write_json(output, {**result, **provenance(0)})
 
 
-def make_step(
-    model: SentenceTransformer, config: TernaryConfig, attention: str, bf16: bool, texts: int, tokens: int
-) -> Callable[[], None]:
+def make_step(model: SentenceTransformer, variant: Variant, device: str, texts: int, tokens: int) -> Callable[[], None]:
     """One step: the teacher's forward pass, the student's, its backward pass and the optimizer."""
-    teacher = Encoder(copy.deepcopy(model))
-    student = Encoder(make_student(model, config, attn_implementation=attention))
+    rows = transformer_of(model).get_input_embeddings().num_embeddings
+    group_size = transformer_of(model).config.hidden_size if variant.dense else None
+    config = TernaryConfig(embedding_bits=4, group_size=group_size)
+    teacher = Encoder(copy.deepcopy(model)).to(device)
+    student = Encoder(make_student(model, config, attn_implementation=variant.attention)).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
-    ids = torch.randint(1000, 20000, (texts, tokens))
+    forward = torch.compile(student) if variant.compiled else student  # as the trainer's own torch_compile does
+    ids = torch.randint(rows // 2, rows, (texts, tokens), device=device)
     mask = torch.ones_like(ids)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=variant.bf16):
             with torch.no_grad():
                 wanted = teacher(ids, mask)
-            got = student(ids, mask)
+            got = forward(ids, mask)
             pairs = zip(got["hidden"], wanted["hidden"], strict=True)
             loss = embedding_distance(got["embedding"], wanted["embedding"])
             loss = loss + torch.stack([hidden_error(s, t, mask.bool()) for s, t in pairs]).mean()
@@ -82,14 +113,28 @@ def make_step(
     return step
 
 
-def best_seconds(step: Callable[[], None], rounds: int) -> float:
-    step()
+def best_seconds(step: Callable[[], object], device: str, rounds: int) -> float:
+    for _ in range(2):  # the second call compiles what the first one's gradients changed
+        step()
     seconds = []
     for _ in range(rounds):
-        start = time.process_time()
+        start = _now(device)
         step()
-        seconds.append(time.process_time() - start)
+        seconds.append(_now(device) - start)
     return min(seconds)
+
+
+def _now(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bfloat16_peak(size: int = 8192) -> float:
+    """Operations a second of a large product, two for a multiply-add."""
+    x = torch.randn(size, size, dtype=torch.bfloat16, device="cuda")
+    return 2 * size**3 / best_seconds(lambda: x @ x, "cuda", 20)
 
 
 if __name__ == "__main__":
