@@ -1,7 +1,6 @@
 """The command line: results JSON, baseline, errors of one line with exit code 2; the teacher's published figures."""
 
 import importlib.resources
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -12,13 +11,13 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
+import evaluate as recipe
 from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.report import evaluate
 from hf_ternary.evaluation.tasks import local_tasks
 
 from .conftest import word_model
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate.py"
 WORDS = [f"w{i}" for i in range(40)]
 EVAL_DATA = os.environ.get("HF_TERNARY_EVAL_DATA")
 needs_eval_data = pytest.mark.skipif(
@@ -26,16 +25,6 @@ needs_eval_data = pytest.mark.skipif(
     reason="set HF_TERNARY_EVAL_DATA to a folder with stsb, sickr, sts12, scifact, banking77 as hf_ternary.evaluation.tasks "
     "describes them (mteb/stsbenchmark-sts, mteb/sickr-sts, mteb/sts12-sts, mteb/scifact, mteb/banking77 on the Hub)",
 )
-
-
-@pytest.fixture(scope="module")
-def recipe() -> Any:
-    spec = importlib.util.spec_from_file_location("evaluate_recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +49,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(recipe: Any, *arguments: Any) -> Any:
+def run(*arguments: Any) -> Any:
     return CliRunner().invoke(recipe.app, [str(a) for a in arguments], env={"COLUMNS": "150"})
 
 
-def test_model_against_baseline(recipe: Any, folder: Path, tmp_path: Path) -> None:
+def test_model_against_baseline(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     arguments = [folder / "student", "--baseline", folder / "teacher", "--data", folder / "data"]
-    result = run(recipe, *arguments, "--texts", folder / "unseen.txt", "--output", output, "--name", "mine")
+    result = run(*arguments, "--texts", folder / "unseen.txt", "--output", output, "--name", "mine")
     assert result.exit_code == 0, result.output
     assert "mine against teacher" in result.output
 
@@ -84,23 +73,21 @@ def test_model_against_baseline(recipe: Any, folder: Path, tmp_path: Path) -> No
     assert set(report["summary"]) == {"PairClassification", "STS", "all"}
 
 
-def test_a_results_file_as_baseline(recipe: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_results_file_as_baseline(folder: Path, tmp_path: Path) -> None:
     before, after = tmp_path / "teacher.json", tmp_path / "student.json"
-    assert run(recipe, folder / "teacher", "--data", folder / "data", "--output", before).exit_code == 0
-    result = run(
-        recipe, folder / "student", "--data", folder / "data", "--tasks", "sts", "--baseline", before, "--output", after
-    )
+    assert run(folder / "teacher", "--data", folder / "data", "--output", before).exit_code == 0
+    result = run(folder / "student", "--data", folder / "data", "--tasks", "sts", "--baseline", before, "--output", after)
     assert result.exit_code == 0, result.output
     (record,) = json.loads(after.read_text())["scores"]
     assert record["task"] == "sts"
     assert record["baseline"] == json.loads(before.read_text())["scores"][1]["score"]
 
 
-def test_the_same_seed_gives_the_same_scores(recipe: Any, folder: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_scores(folder: Path, tmp_path: Path) -> None:
     rows = ({"text": word, "label": i % 3} for i, word in enumerate(WORDS))
     (tmp_path / "tags.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, output = folder / "student", tmp_path / "results.json"
-    result = run(recipe, model, "--baseline", model, "--data", tmp_path, "--output", output)
+    result = run(model, "--baseline", model, "--data", tmp_path, "--output", output)
     assert result.exit_code == 0, result.output
     (record,) = json.loads(output.read_text())["scores"]
     assert record["type"] == "Clustering"
@@ -120,8 +107,8 @@ def test_the_same_seed_gives_the_same_scores(recipe: Any, folder: Path, tmp_path
         (["{data}/no-such-model", "--data", "{data}"], "no-such-model"),
     ],
 )
-def test_errors_are_one_line(recipe: Any, folder: Path, arguments: list[str], message: str) -> None:
-    result = run(recipe, *(a.format(student=folder / "student", data=folder / "data") for a in arguments))
+def test_errors_are_one_line(folder: Path, arguments: list[str], message: str) -> None:
+    result = run(*(a.format(student=folder / "student", data=folder / "data") for a in arguments))
     assert result.exit_code == 2, result.output
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert message in line

@@ -1,7 +1,6 @@
 """The speed recipe of whole encoders: contenders take turns in processes of their own, and what it writes is complete."""
 
 import json
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -14,12 +13,10 @@ from transformers import AutoModel
 from typer import Typer
 from typer.testing import CliRunner
 
+import benchmark_encoder
 import hf_ternary
+import runtimes
 from tests.conftest import save_tiny_vit
-
-RECIPES = Path(__file__).parents[2] / "recipes"
-RECIPE = runpy.run_path(str(RECIPES / "benchmark_encoder.py"))
-RUNTIMES = runpy.run_path(str(RECIPES / "runtimes.py"))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +31,7 @@ def packed(tiny_sentence_transformer: Path, tmp_path_factory: pytest.TempPathFac
 def test_a_run_without_exports(packed: Path, tmp_path: Path) -> None:
     output = tmp_path / "encoder.json"
     app = Typer()
-    app.command()(RECIPE["main"])
+    app.command()(benchmark_encoder.main)
     options = ["--quick", "--threads", "1", "--rounds", "2", "--starts", "1", "--output", str(output)]
     done = CliRunner().invoke(app, [str(packed), *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -61,7 +58,7 @@ def test_a_run_of_images(tmp_path: Path) -> None:
     AutoModel.from_pretrained(teacher, quantization_config=config).save_pretrained(packed)
     shutil.copy(teacher / "preprocessor_config.json", packed)
     app = Typer()
-    app.command()(RECIPE["main"])
+    app.command()(benchmark_encoder.main)
     options = ["--teacher", str(teacher), "--quick", "--threads", "1", "--rounds", "2", "--starts", "1"]
     done = CliRunner().invoke(app, [str(packed), *options, "--output", str(output)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -79,24 +76,24 @@ def test_a_run_of_images(tmp_path: Path) -> None:
 
 def test_cosine() -> None:
     ours, teacher = np.array([[1.0, 0], [0.6, 0.8]]), np.array([[1.0, 0], [0, 1]])
-    assert RECIPE["cosine"](ours, teacher) == 0.9
-    assert RECIPE["cosine"](ours, None) is None
-    assert RECIPE["cosine"](ours[:, :0], teacher) is None  # the tokenizer alone
+    assert benchmark_encoder.cosine(ours, teacher) == 0.9
+    assert benchmark_encoder.cosine(ours, None) is None
+    assert benchmark_encoder.cosine(ours[:, :0], teacher) is None  # the tokenizer alone
 
 
 def test_a_contender_that_fails_is_named(packed: Path) -> None:
-    contender = RECIPE["Contender"]("ternary of nothing", "ternary", "nothing")
+    contender = benchmark_encoder.Contender("ternary of nothing", "ternary", "nothing")
     with pytest.raises(RuntimeError, match="ternary of nothing failed"):
-        RECIPE["Process"](contender, packed, 128, 1, ["a cat"])
+        benchmark_encoder.Process(contender, packed, 128, 1, ["a cat"])
 
 
 def test_two_exports_of_one_name_are_refused(packed: Path) -> None:
     with pytest.raises(Exception, match="onnxruntime int8: give their files different names"):
-        RECIPE["contenders"](packed, None, {"onnxruntime": [Path("a/int8.onnx"), Path("b/int8.onnx")]})
+        benchmark_encoder.contenders(packed, None, {"onnxruntime": [Path("a/int8.onnx"), Path("b/int8.onnx")]})
 
 
 def test_the_texts_are_distinct_and_of_their_length() -> None:
-    work = RECIPE["workloads"](RECIPE["sentences"](), 1)
+    work = benchmark_encoder.workloads(benchmark_encoder.sentences(), 1)
     assert [len(w.inputs) for w in work.values()] == [50, 1024, 128]
     assert all(len(set(w.inputs)) == len(w.inputs) for w in work.values())
     assert {len(text.split()) for text in work["passage"].inputs} == {130}
@@ -111,5 +108,5 @@ def test_what_is_around_a_runtime_gives_the_embeddings_of_sentence_transformers(
         return model[0].auto_model(**{k: torch.from_numpy(v) for k, v in arrays.items()}).last_hidden_state.numpy()
 
     texts = ["a dog", "the cat sat on the red dog", "it runs", "green " * 200, "to"]
-    encode = RUNTIMES["batched"](str(tiny_sentence_transformer), 128, run)
+    encode = runtimes.batched(str(tiny_sentence_transformer), 128, run)
     np.testing.assert_allclose(encode(texts, 2), model.encode(texts), rtol=0, atol=1e-5)
