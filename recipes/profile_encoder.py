@@ -4,6 +4,7 @@
     python recipes/profile_encoder.py all-MiniLM-L6-v2-ternary --output profile.json
 
 One text at a time, without its tokenizer. Functions need Linux's `perf`, which samples this process while it encodes.
+Then one query through sentence-transformers: how much of `encode` is the encoder, and how much everything around it.
 """
 
 import os
@@ -20,9 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from sentence_transformers import SentenceTransformer
 
 import hf_ternary
 from benchmark_encoder import linear_macs, peak_gmacs
@@ -30,6 +33,7 @@ from hf_ternary.evaluation.results import provenance, write_json
 
 LENGTHS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens
 SAMPLED = (16, 192)  # tokens: about a query and a passage
+QUERY = "what does a context manager do when its block is left"
 LEAST = 0.01  # share of the samples below which a function is not told
 
 
@@ -56,6 +60,7 @@ def main(
                 "functions": {n: functions(partial(encode, n), 10 * seconds) for n in SAMPLED}
                 if shutil.which("perf")
                 else None,
+                "sentence_transformers": query_through(model, count, rounds, seconds),
             }
         )
     report = {"model": model.resolve().name, "linear_macs_per_token": macs, "rounds": rounds, "runs": runs, **provenance()}
@@ -71,7 +76,17 @@ def encoder(model: Path, threads: int) -> Callable[[int], np.ndarray]:
     return lambda n: native.embeddings([ids[:n]], "mean", True, threads)
 
 
-def measure(calls: dict[int, Callable[[], Any]], rounds: int, seconds: float) -> dict[int, float]:
+@torch.inference_mode()
+def query_through(folder: Path, threads: int, rounds: int, seconds: float) -> dict[str, float]:
+    """Microseconds of `SentenceTransformer.encode` of one query, and of the forward pass of its transformer alone."""
+    torch.set_num_threads(threads)
+    model = SentenceTransformer(str(folder), device="cpu")
+    ids = model.tokenizer([QUERY], return_tensors="pt")
+    calls = {"encode": partial(model.encode, QUERY), "forward": partial(model[0].auto_model, **ids)}
+    return {name: round(1e6 * time, 1) for name, time in measure(calls, rounds, seconds).items()}
+
+
+def measure(calls: dict[Any, Callable[[], Any]], rounds: int, seconds: float) -> dict[Any, float]:
     """Seconds of each call: the median over turns, in each of which it is called for ``seconds``."""
     turns: dict[int, list[float]] = {name: [] for name in calls}
     for _ in track(range(rounds), "measuring", transient=True):

