@@ -25,6 +25,7 @@ from torch.nn.modules import module as nn_module
 from .architectures import ARCHITECTURES, NativeEncoder, find_layout
 from .modules import QuantizedEmbedding, TernaryLinear
 from .ops import backends
+from .ops.native import share_torch_threads
 
 # Arguments of forward that the native path reads; any other must be None or False. Of images, also those of the embeddings.
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "return_dict", "use_cache"}
@@ -35,6 +36,7 @@ def bind(model: nn.Module) -> None:
     """Give the native forward to every supported base model inside ``model``; no-op where the reference backend runs."""
     if backends.choose().backend == "reference":
         return
+    share_torch_threads(backends.native())
     for module in model.modules():
         if _architecture(module):
             cls: Any = type(module)

@@ -5,6 +5,8 @@ import gc
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -361,6 +363,23 @@ def test_concurrent_calls_give_the_same_bits(bert: Any):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_runs_on_the_threads_of_torch(tmp_path: Path):
+    """Others of our own would starve: torch's spin for a while after each parallel op, as after embedding an image."""
+    make(tmp_path / "float", "vit").save_pretrained(tmp_path / "packed")
+    script = f"""
+import os, torch, transformers
+model = transformers.AutoModel.from_pretrained({str(tmp_path / "packed")!r}).eval()
+torch.set_num_threads(2)
+torch.ones(1000, 1000).sin()  # starts torch's threads
+before = len(os.listdir("/proc/self/task"))
+with torch.inference_mode():
+    model(pixel_values=torch.ones(64, 3, {PIXELS}, {PIXELS}))
+assert len(os.listdir("/proc/self/task")) == before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

@@ -14,7 +14,7 @@ from . import backends, reference
 from .layouts import LayoutCache
 
 
-def _share_torch_threads(module: Any) -> None:
+def share_torch_threads(module: Any) -> None:
     """Run on torch's OpenMP threads: after each parallel op of torch's they spin for milliseconds and would starve ours."""
     try:
         # Looks in what torch itself was linked to: another package may have loaded another OpenMP.
@@ -32,7 +32,7 @@ class NativeLinear:
         module = backends.native()
         assert module is not None
         self.backend, self._native = backend, module
-        _share_torch_threads(module)
+        share_torch_threads(module)
         self._packed = LayoutCache(self._pack)
 
     def __call__(

@@ -52,7 +52,7 @@ def either_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param == "threads of our own":
         module.share_openmp(0, 0)
     yield
-    native._share_torch_threads(module)
+    native.share_torch_threads(module)
 
 
 @pytest.fixture
