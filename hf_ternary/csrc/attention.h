@@ -17,21 +17,29 @@ constexpr float kValueLevels = 2047.0f, kProbabilitySum = 0x1p19f, kProbabilityL
 
 inline float query_levels(std::int64_t head_dim) { return head_dim <= 128 ? 4095.0f : 1448.0f; }  // up to 1024 columns
 
-// x[n] -> codes [dim], zeros from n on; returns the scale: codes * scale ~ x. NaN if x holds a NaN or an infinity.
+// How a vector x[n] becomes int16 codes: codes * scale ~ x. NaN, and no codes but zeros, if it holds a NaN or an infinity.
+struct Words {
+  const float* x;
+  std::int64_t n;
+  float inverse, scale;
+};
+
 template <class Isa>
-HF_TERNARY_INLINE float quantize_words(const float* x, std::int64_t n, float levels, std::int64_t dim, std::int16_t* codes) {
+HF_TERNARY_INLINE Words quantize_words(const float* x, std::int64_t n, float levels) {
   auto top = Isa::zero();
   for (std::int64_t k = 0; k < n; k += Isa::kLanes) top = Isa::max_magnitude(top, load_some<Isa>(x + k, n - k));
   const std::int32_t bits = Isa::reduce_max(top);
   float absmax;
   std::memcpy(&absmax, &bits, sizeof bits);
-  const bool finite = bits < 0x7f800000;
-  const auto inverse = Isa::fill(finite && absmax >= 0x1p-100f ? levels / absmax : 0.0f);
-  for (std::int64_t k = 0; k < dim; k += Isa::kLanes) {
-    const auto v = k < n && finite ? load_some<Isa>(x + k, n - k) : Isa::fill(0.0f);
-    Isa::store_words(codes + k, Isa::round(Isa::mul(v, inverse)));
-  }
-  return finite ? absmax / levels : absmax - absmax;
+  if (bits >= 0x7f800000) return {x, 0, 0.0f, absmax - absmax};
+  return {x, n, absmax >= 0x1p-100f ? levels / absmax : 0.0f, absmax / levels};
+}
+
+// The codes of columns k, k + 1, ...; zeros from n on.
+template <class Isa>
+HF_TERNARY_INLINE typename Isa::Ints codes(const Words& words, std::int64_t k) {
+  if (k >= words.n) return Isa::zero();
+  return Isa::round(Isa::mul(load_some<Isa>(words.x + k, words.n - k), Isa::fill(words.inverse)));
 }
 
 // Head by head, for the tokens of one panel together: threads that fill other lanes of the same panel get hold of each of its
@@ -40,31 +48,43 @@ template <class Isa>
 void load_attention(const float* qkv, std::int64_t first, std::int64_t rows, const AttentionOperands& out) {
   constexpr std::int64_t kLanes = Isa::kLanes;
   const std::int64_t d = out.head_dim, dim = out.dim, width = out.heads * d, pairs = dim / 2;
-  const float levels = query_levels(d), root = 1.0f / square_root(static_cast<float>(d));
-  std::int16_t codes[kLanes][1024];
+  const float levels = query_levels(d), root = kLog2E / square_root(static_cast<float>(d));
+  std::int16_t keys[kLanes][1024];
+  Words values[kLanes];
   for (std::int64_t last = first + rows, count; first < last; first += count, qkv += count * 3 * width) {
     const std::int64_t panel = first / kLanes, lane = first % kLanes;
     count = last - first < kLanes - lane ? last - first : kLanes - lane;
     for (std::int64_t h = 0; h < out.heads; ++h) {
       const float* x = qkv + h * d;
       for (std::int64_t t = 0; t < count; ++t, x += 3 * width) {
-        const std::int64_t token = h * out.tokens + first + t;
-        out.query_scale[token] = root * quantize_words<Isa>(x, d, levels, dim, out.query + token * dim);
-        out.key_scale[h * out.padded + first + t] = quantize_words<Isa>(x + width, d, levels, dim, codes[t]);
+        const std::int64_t token = h * out.tokens + first + t, padded = h * out.padded + first + t;
+        const Words query = quantize_words<Isa>(x, d, levels), key = quantize_words<Isa>(x + width, d, levels);
+        values[t] = quantize_words<Isa>(x + 2 * width, d, kValueLevels);
+        out.query_scale[token] = root * query.scale;
+        out.key_scale[padded] = key.scale;
+        out.value_scale[padded] = values[t].scale;
+        for (std::int64_t k = 0; k < dim; k += kLanes) {
+          Isa::store_words(out.query + token * dim + k, codes<Isa>(query, k));
+          Isa::store_words(keys[t] + k, codes<Isa>(key, k));
+        }
       }
       std::int16_t* key = out.key + ((h * (out.padded / kLanes) + panel) * pairs * kLanes + lane) * 2;
       for (std::int64_t p = 0; p < pairs; ++p, key += kLanes * 2) {
-        for (std::int64_t t = 0; t < count; ++t) std::memcpy(key + 2 * t, codes[t] + 2 * p, 4);
-      }
-      x = qkv + 2 * width + h * d;
-      for (std::int64_t t = 0; t < count; ++t, x += 3 * width) {
-        out.value_scale[h * out.padded + first + t] = quantize_words<Isa>(x, d, kValueLevels, dim, codes[t]);
+        for (std::int64_t t = 0; t < count; ++t) std::memcpy(key + 2 * t, keys[t] + 2 * p, 4);
       }
       std::int16_t* value = out.value + h * dim * out.padded;
       for (std::int64_t k = 0; k < dim; k += kLanes, value += out.padded * kLanes) {
-        for (std::int64_t t = 0; t < count; ++t) {
-          std::int16_t* to = value + (first + t) / 2 * kLanes * 2 + (first + t) % 2;
-          for (std::int64_t i = 0; i < kLanes; ++i) to[2 * i] = codes[t][k + i];
+        for (std::int64_t t = 0, step; t < count; t += step) {
+          std::int16_t* to = value + (first + t) / 2 * kLanes * 2;
+          const std::int64_t odd = (first + t) % 2;
+          step = odd || t + 1 == count ? 1 : 2;
+          if (step == 2) {
+            Isa::store_ints(to, Isa::join_words(codes<Isa>(values[t], k), codes<Isa>(values[t + 1], k)));
+            continue;
+          }
+          std::int16_t half[kLanes];  // of a pair whose other half may be another thread's
+          Isa::store_words(half, codes<Isa>(values[t], k));
+          for (std::int64_t i = 0; i < kLanes; ++i) to[2 * i + odd] = half[i];
         }
       }
     }
@@ -95,7 +115,7 @@ HF_TERNARY_INLINE void multiply_pairs(const std::int16_t* a, std::int64_t stride
   }
 }
 
-// Scores of kRows queries with kPanels panels of keys.
+// Scores of kRows queries with kPanels panels of keys, but for the scale of the query.
 template <class Isa, int kRows, int kPanels>
 HF_TERNARY_INLINE void score(const AttentionOperands& o, std::int64_t head, std::int64_t query, std::int64_t key,
                              float* scores) {
@@ -107,57 +127,78 @@ HF_TERNARY_INLINE void score(const AttentionOperands& o, std::int64_t head, std:
     const auto key_scale = Isa::load_floats(o.key_scale + head * o.padded + key + p * Isa::kLanes);
     HF_TERNARY_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const auto scale = Isa::mul(key_scale, Isa::fill(o.query_scale[head * o.tokens + query + r]));
-      Isa::store(scores + r * o.padded + key + p * Isa::kLanes, Isa::mul(Isa::to_floats(sum[r][p]), scale));
+      Isa::store(scores + r * o.padded + key + p * Isa::kLanes, Isa::mul(Isa::to_floats(sum[r][p]), key_scale));
     }
   }
 }
 
-// scores [padded] -> probabilities in int16, times the scales of the values, zero for the other keys in [tile_begin, tile_end);
-// returns what undoes their scale.
+// One query's way from scores to probabilities. A step ends with sums over lanes, which take long: all queries of a tile take
+// it, one after the other, before the first one takes the next.
+struct Softmax {
+  std::int64_t first, last;      // the keys that it sees
+  std::int64_t begin, end;       // of the panels with such a key
+  float slope, highest;          // of a score to an exponent of 2; the largest score
+  float total, weighted, peak;   // sum of the powers; sum and maximum of these times the scales of the values
+};
+
+// Adds the biases and hides the keys that the query does not see.
 template <class Isa>
-HF_TERNARY_INLINE float softmax(const AttentionOperands& o, std::int64_t head, std::int64_t query, std::int64_t tile_begin,
-                                std::int64_t tile_end, float* scores, std::int16_t* probabilities) {
+HF_TERNARY_INLINE void find_highest(const AttentionOperands& o, std::int64_t head, std::int64_t query, float* scores,
+                                    Softmax& s) {
   constexpr std::int64_t kLanes = Isa::kLanes;
-  const std::int64_t first = o.first_key(query), last = o.end_key(query);
-  const std::int64_t begin = first - first % kLanes, end = (last + kLanes - 1) / kLanes * kLanes;
+  s.first = o.first_key(query), s.last = o.end_key(query);
+  s.begin = s.first - s.first % kLanes, s.end = (s.last + kLanes - 1) / kLanes * kLanes;
+  s.slope = o.query_scale[head * o.tokens + query];
   if (o.bias) {
     const float* bias = o.bias + head * (2 * o.bias_reach + 1) + o.bias_reach - query;
-    for (std::int64_t j = begin; j < last; j += kLanes) {
-      const auto biased = Isa::add(Isa::load_floats(scores + j), load_some<Isa>(bias + j, o.tokens - j));
-      Isa::store(scores + j, biased);
+    for (std::int64_t j = s.begin; j < s.last; j += kLanes) {
+      const auto score = Isa::mul(Isa::load_floats(scores + j), Isa::fill(s.slope));
+      Isa::store(scores + j, Isa::add(score, load_some<Isa>(bias + j, o.tokens - j)));
     }
+    s.slope = 1.0f;
   }
-  for (std::int64_t j = begin; j < first; ++j) scores[j] = -1e30f;
-  for (std::int64_t j = last; j < end; ++j) scores[j] = -1e30f;
-  auto top = Isa::load_floats(scores + begin);
-  for (std::int64_t j = begin + kLanes; j < end; j += kLanes) top = Isa::max(Isa::load_floats(scores + j), top);
-  const auto highest = Isa::fill(Isa::reduce_max(top));
-  auto sum = Isa::fill(0.0f), weighted = sum, largest = sum;
-  for (std::int64_t j = begin; j < end; j += kLanes) {
-    const auto e = exponential<Isa>(Isa::sub(Isa::load_floats(scores + j), highest));
-    const auto w = Isa::mul(e, Isa::load_floats(o.value_scale + head * o.padded + j));
-    Isa::store(scores + j, w);
-    sum = Isa::add(sum, e);
-    weighted = Isa::add(weighted, w);
-    largest = Isa::max(largest, w);
+  for (std::int64_t j = s.begin; j < s.first; ++j) scores[j] = -1e30f;
+  for (std::int64_t j = s.last; j < s.end; ++j) scores[j] = -1e30f;
+  auto top = Isa::load_floats(scores + s.begin);
+  for (std::int64_t j = s.begin + kLanes; j < s.end; j += kLanes) top = Isa::max(Isa::load_floats(scores + j), top);
+  s.highest = Isa::reduce_max(top);
+}
+
+// scores -> 2**(slope * (score - highest)), the exponentials of the softmax, times the scale of the value.
+template <class Isa>
+HF_TERNARY_INLINE void exponentiate(const AttentionOperands& o, std::int64_t head, float* scores, Softmax& s) {
+  const auto slope = Isa::fill(s.slope), shift = Isa::fill(-s.slope * s.highest), lowest = Isa::fill(-126.0f);
+  auto total = Isa::fill(0.0f), weighted = total, peak = total;
+  for (std::int64_t j = s.begin; j < s.end; j += Isa::kLanes) {
+    const auto exponent = Isa::mul_add(Isa::load_floats(scores + j), slope, shift);
+    const auto power = power_of_2<Isa>(Isa::max(lowest, exponent));  // of a NaN the second operand, which is returned
+    const auto weight = Isa::mul(power, Isa::load_floats(o.value_scale + head * o.padded + j));
+    Isa::store(scores + j, weight);
+    total = Isa::add(total, power);
+    weighted = Isa::add(weighted, weight);
+    peak = Isa::max(peak, weight);
   }
-  const float total = Isa::reduce_add(weighted), peak = Isa::reduce_max(largest);
-  for (std::int64_t j = tile_begin; j < begin; ++j) probabilities[j] = 0;
-  for (std::int64_t j = end; j < tile_end; ++j) probabilities[j] = 0;
-  if (!(total < 3e38f)) {  // a NaN among the queries, keys or values
-    std::memset(probabilities + begin, 0, (end - begin) * sizeof(std::int16_t));
-    return total - total;
+  s.total = Isa::reduce_add(total), s.weighted = Isa::reduce_add(weighted), s.peak = Isa::reduce_max(peak);
+}
+
+// Writes the probabilities times the scales of the values, in int16, zero for the other keys in [tile_begin, tile_end);
+// returns what undoes their scale.
+template <class Isa>
+HF_TERNARY_INLINE float store_probabilities(const float* scores, const Softmax& s, std::int64_t tile_begin,
+                                            std::int64_t tile_end, std::int16_t* probabilities) {
+  for (std::int64_t j = tile_begin; j < s.begin; ++j) probabilities[j] = 0;
+  for (std::int64_t j = s.end; j < tile_end; ++j) probabilities[j] = 0;
+  const bool finite = s.weighted < 3e38f;  // else there is a NaN among the queries, keys or values
+  if (!finite || s.peak < 0x1p-100f) {     // or all values are zero
+    std::memset(probabilities + s.begin, 0, (s.end - s.begin) * sizeof(std::int16_t));
+    return finite ? 0.0f : s.weighted - s.weighted;
   }
-  if (peak < 0x1p-100f) {  // all values are zero
-    std::memset(probabilities + begin, 0, (end - begin) * sizeof(std::int16_t));
-    return 0.0f;
-  }
-  const float by_peak = kProbabilityLevels / peak, by_sum = kProbabilitySum / total, scale = by_peak < by_sum ? by_peak : by_sum;
-  for (std::int64_t j = begin; j < end; j += kLanes) {
+  const float by_peak = kProbabilityLevels / s.peak, by_sum = kProbabilitySum / s.weighted;
+  const float scale = by_peak < by_sum ? by_peak : by_sum;
+  for (std::int64_t j = s.begin; j < s.end; j += Isa::kLanes) {
     Isa::store_words(probabilities + j, Isa::round(Isa::mul(Isa::load_floats(scores + j), Isa::fill(scale))));
   }
-  return 1.0f / (scale * Isa::reduce_add(sum));
+  return 1.0f / (scale * s.total);
 }
 
 // kPanels vectors of the output of kRows queries, from the keys [first, last).
@@ -188,9 +229,12 @@ void attend_tile(const AttentionOperands& o, std::int64_t head, std::int64_t que
   std::int64_t key = begin;
   for (; key + 2 * kLanes <= end; key += 2 * kLanes) score<Isa, kRows, 2>(o, head, query, key, scores);
   if (key < end) score<Isa, kRows, 1>(o, head, query, key, scores);
+  Softmax softmax[kRows];
   float scale[kRows];
+  for (int r = 0; r < kRows; ++r) find_highest<Isa>(o, head, query + r, scores + r * o.padded, softmax[r]);
+  for (int r = 0; r < kRows; ++r) exponentiate<Isa>(o, head, scores + r * o.padded, softmax[r]);
   for (int r = 0; r < kRows; ++r) {
-    scale[r] = softmax<Isa>(o, head, query + r, begin, end, scores + r * o.padded, probabilities + r * o.padded);
+    scale[r] = store_probabilities<Isa>(scores + r * o.padded, softmax[r], begin, end, probabilities + r * o.padded);
   }
   std::int64_t column = 0;
   for (; column + 2 * kLanes <= o.dim; column += 2 * kLanes) {

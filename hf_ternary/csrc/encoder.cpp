@@ -114,6 +114,7 @@ Encoder::Encoder(const Kernel& kernel, const EncoderOptions& options)
       norm_(options.norm, options.hidden, options.epsilon),
       first_norm_(options.first_norm, options.hidden, options.epsilon) {
   if (options.bias) bias_.assign(options.bias, options.bias + options.heads * (2 * options.reach + 1));
+  for (float& bias : bias_) bias *= 1.44269504f;  // log2(e): attention raises 2, not e
 }
 
 void Encoder::add_layer(const LayerSource& s) {

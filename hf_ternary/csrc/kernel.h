@@ -59,12 +59,12 @@ struct AttentionOperands {
   std::int64_t heads, head_dim, dim;
   std::int64_t tokens, padded;    // of one sequence; padded to a multiple of lanes
   std::int16_t* query;            // [heads][tokens][dim]
-  float* query_scale;             // [heads][tokens], 1 / sqrt(head_dim) included
+  float* query_scale;             // [heads][tokens], log2(e) / sqrt(head_dim) included
   std::int16_t* key;              // [heads][padded / lanes][dim / 2][lanes][2]
   float* key_scale;               // [heads][padded]
   std::int16_t* value;            // [heads][dim / lanes][padded / 2][lanes][2]
   float* value_scale;             // [heads][padded], 0 beyond tokens
-  const float* bias;              // [heads][2 * bias_reach + 1] added to the scores at distance key - query, or null
+  const float* bias;              // [heads][2 * bias_reach + 1], times log2(e), by key - query: added to the scores; or null
   std::int64_t bias_reach;        // at least tokens - 1
   Window window;
 
