@@ -1,12 +1,12 @@
 """Which encoders the native forward knows, and how one is built from a config and named arrays. Imports no torch.
 
 An :class:`Architecture` says where a family keeps its weights and which config entries describe it; the C++ side
-(csrc/encoder.h) sees only numbers and addresses. Both users give the same arrays: :mod:`.encoder` those of a loaded
-transformers model, :mod:`.serving` those of a file.
+(csrc/encoder.h) sees only numbers and addresses, and :mod:`.triton_encoder` is its twin for GPUs. Both users give the same
+arrays: :mod:`.encoder` those of a loaded transformers model, :mod:`.serving` those of a file.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -230,7 +230,7 @@ MODEL_TYPES = {
 }
 
 
-def find_layout(layouts: tuple[Architecture, ...], arrays: Arrays) -> Architecture:
+def find_layout(layouts: tuple[Architecture, ...], arrays: Container[str]) -> Architecture:
     """The layout whose names these arrays have.
 
     Raises:
@@ -261,7 +261,7 @@ class NativeEncoder:
         self._arrays = arrays
         self._tables: list[np.ndarray] = []
         self._read: list[np.ndarray] = []  # what C++ copies before the end of this function
-        _check(config, architecture, self.hidden, self.heads)
+        check(config, architecture, self.hidden, self.heads)
         count = int(get(architecture.layers))
         self._array(f"{architecture.layer.format(count - 1)}.{architecture.down}.weight", np.uint8)  # before many others
         layers = [architecture.layer.format(i) for i in range(count)]
@@ -439,12 +439,13 @@ class NativeEncoder:
         if name is None:
             return 0
         table, reach = self._array(f"{name}.weight"), self.positions
-        bias = np.ascontiguousarray(table[_buckets(np.arange(-reach, reach + 1), 32, 128)].T)
+        bias = np.ascontiguousarray(table[distance_buckets(reach)].T)
         self._read.append(bias)
         return bias.ctypes.data
 
 
-def _check(config: Mapping[str, Any], architecture: Architecture, hidden: int, heads: int) -> None:
+def check(config: Mapping[str, Any], architecture: Architecture, hidden: int, heads: int) -> None:
+    """Raise ValueError if no encoder can run a model of this config, UnsupportedError where transformers can."""
     activation = architecture.get(config, architecture.activation)
     if activation not in ACTIVATIONS:
         raise UnsupportedError(f"its activation function is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
@@ -475,8 +476,9 @@ def _stack(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _buckets(distance: np.ndarray, count: int, farthest: int) -> np.ndarray:
-    """T5's buckets of relative positions (key - query), both directions: small distances exactly, then logarithmically."""
+def distance_buckets(reach: int, count: int = 32, farthest: int = 128) -> np.ndarray:
+    """T5's buckets of the distances key - query from ``-reach`` to ``reach``: small ones exactly, then logarithmically."""
+    distance = np.arange(-reach, reach + 1)
     half = count // 2
     exact = half // 2
     n = np.abs(distance)

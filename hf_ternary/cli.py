@@ -121,7 +121,9 @@ def info(model: Model) -> None:
 
         content = read_info(_files(model, ["*.json", "*.safetensors"]))
         machine = capabilities()
-        paths = explain(_load(model, device="cpu"))
+        loaded = _load(model, device="cpu")
+        paths = explain(loaded)
+        gpu_paths = explain(loaded.to("cuda")) if machine["gpus"] else {}
     kernel = {"linear": machine["backend"], "embedding": "torch"}
     table = Table(box=SIMPLE_HEAD, show_footer=True)
     table.add_column("layer", "total", overflow="fold")
@@ -140,8 +142,10 @@ def info(model: Model) -> None:
     _say(", ".join(f"{key} {value}" for key, value in options.items()))
     _say(_size(content))
     _say(f"kernel {machine['backend']}: {machine['reason']}; usable here: {', '.join(machine['usable'])}")
-    for name, path in paths.items():
-        _say(f"encoder {name}{': ' if name else ''}{path}")
+    for where, found in (("", paths), ("on the GPU", gpu_paths)):
+        for name, path in found.items():
+            subject = f"{name} {where}".strip()
+            _say(f"encoder {subject}{': ' if subject else ''}{path}")
 
 
 @app.command(

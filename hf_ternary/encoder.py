@@ -1,10 +1,10 @@
-"""Binds a transformers encoder with ternary layers to the native encoder, which computes all its layers in one call.
+"""Binds a transformers encoder with ternary layers to an encoder of our own, which computes all its layers in one call.
 
 How: when a model is loaded, the base model inside it (``BertModel``, ...) gets a subclass of its own class whose ``forward``
-asks the native encoder, and its parent class whenever the native one may not serve: gradients, hidden states, attentions,
-adapters, hooks, another device or dtype, a mask with holes. Images are embedded by torch; the native encoder goes on from
-there. The C++ side is made at the first call, again after a weight was changed, and belongs to no module: it is neither
-saved, copied nor pickled.
+asks our encoder, in C++ for weights on the CPU and in Triton for those on a GPU, and its parent class whenever that may not
+serve: gradients, hidden states, attentions, adapters, hooks, another device or dtype, a mask with holes. Images are embedded
+by torch; the encoder goes on from there. Our side is made at the first call, again after a weight was changed or moved, and
+belongs to no module: it is neither saved, copied nor pickled.
 Why a subclass and not a replaced method: transformers' classes stay as they are, ``super().forward`` is the fallback, and
 everything that looks at the class's name (saving, pipelines, conversion) sees the one it knows.
 """
@@ -16,27 +16,36 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from .architectures import ARCHITECTURES, NativeEncoder, find_layout
+from .architectures import ARCHITECTURES, Architecture, NativeEncoder, find_layout
 from .modules import QuantizedEmbedding, TernaryLinear
 from .ops import backends
 from .ops.native import share_torch_threads
 
+if TYPE_CHECKING:
+    from .triton_encoder import TritonEncoder
+
+# What runs the encoder of weights on a device, in these dtypes.
+_DEVICES = {
+    "cpu": ("native", (torch.float32,)),
+    "cuda": ("triton", (torch.float32, torch.float16, torch.bfloat16)),
+}
 # Arguments of forward that the native path reads; any other must be None or False. Of images, also those of the embeddings.
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "return_dict", "use_cache"}
 _IMAGE_INPUTS = {"pixel_values", "return_dict"}
 
 
 def bind(model: nn.Module) -> None:
-    """Give the native forward to every supported base model inside ``model``; no-op where the reference backend runs."""
-    if backends.choose().backend == "reference":
+    """Give our forward to every supported base model inside ``model``; no-op where only the reference backend runs."""
+    if backends.choose().backend == "reference" and not torch.cuda.is_available():
         return
-    share_torch_threads(backends.native())
+    if backends.choose().backend != "reference":
+        share_torch_threads(backends.native())
     for module in model.modules():
         if _architecture(module):
             cls: Any = type(module)
@@ -44,15 +53,18 @@ def bind(model: nn.Module) -> None:
 
 
 def explain(model: nn.Module) -> dict[str, str]:
-    """Which path the encoders inside ``model`` take at inference: {name: "native" or "module by module: <why>"}.
+    """Which path the encoders inside ``model`` take at inference, on the device where it is now.
 
-    The name of ``model`` itself is ``""``. A model without a known encoder gives ``{"": "module by module: <why>"}``.
+    Returns:
+        {name: path}: ``"native"`` (C++, on the CPU), ``"triton"`` (on a GPU) or ``"module by module: <why>"``. The name of
+        ``model`` itself is ``""``. A model without a known encoder gives ``{"": "module by module: <why>"}``.
     """
     paths = {}
     for name, module in model.named_modules():
         if hasattr(module, "hf_ternary_base"):
-            obstacle = _state(module).obstacle
-            paths[name] = "native" if obstacle is None else f"module by module: {obstacle}"
+            state = _state(module)
+            known = state.obstacle is None
+            paths[name] = _DEVICES[state.device.type][0] if known else f"module by module: {state.obstacle}"
         elif _architecture(module):
             choice = backends.choose()
             why = (
@@ -61,8 +73,8 @@ def explain(model: nn.Module) -> dict[str, str]:
                 else "it was not loaded as a packed model"
             )
             paths[name] = f"module by module: {why}"
-    known = ", ".join(ARCHITECTURES)
-    return paths or {"": f"module by module: {type(model).__name__} holds no known encoder ({known})"}
+    names = ", ".join(ARCHITECTURES)
+    return paths or {"": f"module by module: {type(model).__name__} holds no known encoder ({names})"}
 
 
 def _architecture(module: nn.Module) -> str | None:
@@ -108,23 +120,38 @@ def _new(base: Any) -> Any:
 
 
 def _forward(module: Any, inputs: dict[str, Any]) -> Any:
-    """The native forward's output, or None if it may not serve these inputs."""
+    """Our forward's output, or None if it may not serve these inputs."""
     if not _may_serve(module, inputs):
         return None
-    native = _state(module).native
-    if native is None:
-        return None
+    state = _state(module)
+    ids: Any
     ids, types, mask = (inputs.get(name) for name in ("input_ids", "token_type_ids", "attention_mask"))
-    states: Any = _embed(module, inputs) if ids is None else None
+    device = (inputs["pixel_values"] if ids is None else ids).device
+    if state.native is None or state.device != device or not _pools_a_token(module, ids, mask):
+        return None
+    if isinstance(state.native, NativeEncoder):
+        y = _in_cpp(state.native, ids, types, mask, _embed(module, inputs) if ids is None else None)
+    else:
+        y = state.native.hidden_states(ids, types, mask)
+    return None if y is None else _output(module, y, ids)
+
+
+def _in_cpp(
+    native: NativeEncoder,
+    ids: torch.Tensor | None,
+    types: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    states: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Hidden states, or None; of ids or of ``states``, embedded tokens."""
     mask = None if mask is None else mask.long()
     given = [None if t is None else t.contiguous() for t in (ids, types, states, mask)]
-    rows, columns = (states if ids is None else ids).shape[:2]
+    source: Any = states if ids is None else ids
+    rows, columns = source.shape[:2]
     y = torch.empty((rows, columns, native.hidden), dtype=torch.float32)
     at_ids, at_types, at_states, at_mask = (0 if t is None else t.data_ptr() for t in given)
     at_y, threads = y.data_ptr(), torch.get_num_threads()
-    if not native.hidden_states(at_ids, at_types, at_states, at_mask, rows, columns, at_y, threads):
-        return None
-    return _output(module, y, ids)
+    return y if native.hidden_states(at_ids, at_types, at_states, at_mask, rows, columns, at_y, threads) else None
 
 
 def _embed(module: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -141,8 +168,6 @@ def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
 def _may_serve(module: Any, inputs: dict[str, Any]) -> bool:
     if torch.is_grad_enabled() or module.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
     vision = ARCHITECTURES[module.hf_ternary_base.__name__][0].tokens is None
     known = _IMAGE_INPUTS | _arguments(type(module.embeddings).forward) if vision else _INPUTS
     for name, value in inputs.items():
@@ -153,25 +178,35 @@ def _may_serve(module: Any, inputs: dict[str, Any]) -> bool:
         return False
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
         return False
-    if vision:
-        return _is_plain(inputs.get("pixel_values"), torch.float32, 4)
-    ids: Any = inputs.get("input_ids")
-    types, mask = inputs.get("token_type_ids"), inputs.get("attention_mask")
-    if not _is_plain(ids, torch.int64, 2):
+    source: Any = inputs.get("pixel_values" if vision else "input_ids")
+    if type(source) is not torch.Tensor:
         return False
-    if types is not None and not (_is_plain(types, torch.int64, 2) and types.shape == ids.shape):
+    device = source.device
+    if device.type not in _DEVICES or torch.is_autocast_enabled(device.type):
+        return False
+    if vision:
+        return _is_plain(source, device, torch.float32, 4)
+    types, mask = inputs.get("token_type_ids"), inputs.get("attention_mask")
+    if not _is_plain(source, device, torch.int64, 2):
+        return False
+    if types is not None and not (_is_plain(types, device, torch.int64, 2) and types.shape == source.shape):
         return False
     if mask is None:
         return True
-    if not _is_plain(mask, mask.dtype, 2) or mask.is_floating_point() or mask.shape != ids.shape:
-        return False
-    return not module.hf_ternary_base.__name__.startswith("CLIP") or bool(mask.gather(1, _eos(module, ids)).all())
+    return _is_plain(mask, device, mask.dtype, 2) and not mask.is_floating_point() and mask.shape == source.shape
 
 
-def _is_plain(tensor: Any, dtype: torch.dtype, dimensions: int) -> bool:
-    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+def _is_plain(tensor: Any, device: torch.device, dtype: torch.dtype, dimensions: int) -> bool:
+    if type(tensor) is not torch.Tensor or tensor.device != device:
         return False
     return tensor.dtype == dtype and tensor.dim() == dimensions and tensor.numel() > 0
+
+
+def _pools_a_token(module: Any, ids: torch.Tensor | None, mask: torch.Tensor | None) -> bool:
+    """Whether the end of every text, where CLIP pools, is no padding."""
+    if ids is None or mask is None or not module.hf_ternary_base.__name__.startswith("CLIP"):
+        return True
+    return bool(mask.gather(1, _eos(module, ids)).all())
 
 
 def _eos(module: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -203,7 +238,7 @@ def _output(module: Any, hidden_states: torch.Tensor, ids: torch.Tensor | None) 
 
 
 class _State:
-    """The native encoder of a module, or the obstacle, as long as ``holds()``."""
+    """The encoder of a module and its device, or the obstacle, as long as ``holds()``."""
 
     def __init__(self, module: Any) -> None:
         modules = [module, *(m for part in _parts(module) for m in part.modules())]
@@ -214,24 +249,26 @@ class _State:
         self._contents = self._read()
         self._tensors = [v for v in self._contents if isinstance(v, torch.Tensor) and not v.is_inference()]
         self._versions = [tensor._version for tensor in self._tensors]
-        self.native: NativeEncoder | None = None
-        self.obstacle = _obstacle(modules)
+        devices = (value.device for value in self._contents if isinstance(value, torch.Tensor))
+        self.device = next(devices, torch.device("cpu"))
+        self.native: NativeEncoder | TritonEncoder | None = None
+        self.obstacle = _obstacle(modules, self.device)
         if self.obstacle is not None:
             return
         config = module.config.to_dict()
         config.setdefault("quantization_config", {})
         config["quantization_config"] = {"activation": _activation(modules)}
         config["padding_idx"] = getattr(module.embeddings, "padding_idx", None)
-        arrays = {
-            f"{name}.{key}": tensor.detach().numpy()
+        tensors = {
+            f"{name}.{key}": tensor.detach()
             for name, part in module.named_modules()
             if not name.startswith("pooler")
             for key, tensor in (*part._parameters.items(), *part._buffers.items())
             if tensor is not None
         }
         try:
-            layout = find_layout(ARCHITECTURES[module.hf_ternary_base.__name__], arrays)
-            self.native = NativeEncoder(layout, config, arrays)
+            layout = find_layout(ARCHITECTURES[module.hf_ternary_base.__name__], tensors)
+            self.native = _make(self.device, layout, config, tensors)
         except ValueError as error:
             self.obstacle = str(error)
 
@@ -245,6 +282,16 @@ class _State:
         """Parameters, buffers, submodules, hooks and replaced forwards."""
         forwards = [vars(m).get("forward") for m in self._inner]
         return [*chain.from_iterable(map(dict.values, self._tables)), *forwards]
+
+
+def _make(
+    device: torch.device, layout: Architecture, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> "NativeEncoder | TritonEncoder":
+    if device.type == "cpu":
+        return NativeEncoder(layout, config, {name: tensor.numpy() for name, tensor in tensors.items()})
+    from .triton_encoder import TritonEncoder
+
+    return TritonEncoder(layout, config, tensors)
 
 
 _states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
@@ -287,20 +334,34 @@ def _activation(modules: list[nn.Module]) -> str | None:
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _obstacle(modules: list[nn.Module]) -> str | None:
-    """Why these modules cannot be replaced, beyond what :class:`NativeEncoder` itself finds."""
+def _obstacle(modules: list[nn.Module], device: torch.device) -> str | None:
+    """Why these modules cannot be replaced, beyond what the encoder itself finds."""
+    if device.type not in _DEVICES:
+        return f"its weights are on {device}"
+    choice = backends.choose() if device.type == "cpu" else backends.choose_gpu(device.index)
+    if choice.backend == "reference":
+        return f"the backend is 'reference': {choice.reason}"
     if _hooked(modules):
         return "a submodule has a forward hook or a replaced forward"
+    dtypes = _DEVICES[device.type][1]
+    dtype = getattr(modules[0], "dtype", None)  # of the first parameter
+    dtype = dtype if dtype in dtypes else dtypes[0]
     for m in modules:
-        if isinstance(m, QuantizedEmbedding) and (m.multiplier != 1 or m.dtype != torch.float32):
-            return f"its token table gives {m.dtype}, not float32"
+        if isinstance(m, QuantizedEmbedding) and (m.multiplier != 1 or m.dtype != dtype):
+            return f"its token table gives {m.dtype}, not {_name(dtype)}"
         if type(m) is not TernaryLinear and isinstance(m, nn.Linear):
             return "it holds a Linear layer that is not ternary"
         if type(m).__module__.split(".")[0] not in ("torch", "transformers", "hf_ternary"):
             return f"it holds a {type(m).__name__} of {type(m).__module__} (an adapter?)"
         for key, tensor in (*m._parameters.items(), *m._buffers.items()):
-            if tensor is not None and tensor.device.type != "cpu":
-                return f"{key} is on {tensor.device}, not on the CPU"
-            if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
-                return f"{key} is {tensor.dtype}, not float32"
+            if tensor is not None and tensor.device != device:
+                return f"{key} is on {tensor.device}, not on {device}"
+            if tensor is None or key == "weight_scale" or not tensor.is_floating_point():
+                continue
+            if tensor.dtype != dtype:
+                return f"{key} is {tensor.dtype}, not {_name(dtype)}"
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

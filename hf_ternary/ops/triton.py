@@ -1,11 +1,12 @@
-"""The Triton kernels behind ``hf_ternary::linear`` on NVIDIA GPUs.
+"""The Triton kernels behind ``hf_ternary::linear`` on NVIDIA GPUs; :mod:`hf_ternary.triton_encoder` runs them too.
 
 A byte of packed weights holds the codes of four neighbouring columns, ``4i + j``. So activations are kept as four planes:
 plane j holds the columns ``4i + j``, and the tensor cores multiply it by field j of every byte; nothing is interleaved.
 
 * :func:`_to_planes` quantizes activations to int8 and writes the planes, one token a program;
 * :func:`_multiply` computes ``y' = W x'``. The weight comes first because that operand may stay in registers, where two
-  instructions unpack four codes. Up to :data:`FUSED` tokens it also does the work of :func:`_to_planes`, in one launch.
+  instructions unpack four codes. Up to :data:`FUSED` tokens it also does the work of :func:`_to_planes`, in one launch. The
+  encoder lets it apply the activation function of a layer too.
 
 Sums of int8 products are exact, and every float operation is rounded by itself (``enable_fp_fusion=False``: no fused
 multiply-add), so "int8" gives the bits of :mod:`.reference`. Float activations are summed in float32, in another order.
@@ -39,14 +40,14 @@ _ROUND = tl.constexpr(1.5 * 2**23)  # float32 has no fractions there: adding it 
 
 
 @triton.jit
-def _magnitude(x):
+def magnitude(x):
     """The bits of |x|: they are ordered as the values are, with infinity and NaN on top."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _scale(top):
-    """Scale of a token and its inverse, from its largest :func:`_magnitude`."""
+def token_scale(top):
+    """Scale of a token and its inverse, from its largest :func:`magnitude`."""
     finite = top < _INFINITY
     absmax = tl.where(finite, top, 0).to(tl.float32, bitcast=True)
     nonzero = absmax >= _SMALLEST
@@ -57,10 +58,35 @@ def _scale(top):
 
 
 @triton.jit
-def _quantize(x, inverse):
+def quantize(x, inverse):
     """Codes int8; zeros where ``inverse`` is 0, whatever ``x`` is."""
     x = tl.where(inverse == 0.0, 0.0, x.to(tl.float32)) * inverse
     return (x + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def column_of(byte, field, group, group_bytes, groups: tl.constexpr):
+    """Column of ``x`` that a byte of plane ``field`` holds, and whether it holds one: the others pad a group."""
+    g = 0 if groups == 1 else byte // group_bytes
+    within = (byte - g * group_bytes) * 4 + field
+    return g * group + within, (within < group) & (byte < groups * group_bytes)
+
+
+@triton.jit
+def _activated(x, FUNCTION: tl.constexpr):
+    """An activation function by its name in :data:`hf_ternary.architectures.ACTIVATIONS`; a NaN stays one."""
+    if FUNCTION == "gelu":
+        x *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif FUNCTION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x**3)
+        x *= tl.sigmoid(x * (1.5957691216057308 + 0.07135481282635437 * x * x))
+    elif FUNCTION == "quick_gelu":
+        x *= tl.sigmoid(1.702 * x)
+    elif FUNCTION == "silu":
+        x *= tl.sigmoid(x)
+    else:
+        tl.static_assert(FUNCTION == "relu")
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return x
 
 
 @triton.jit
@@ -95,19 +121,16 @@ def _to_planes(planes, scales, x, group, group_bytes, groups: tl.constexpr, stri
         top = tl.zeros([4 * BLOCK], tl.int32)
         for start in range(0, columns, 4 * BLOCK):
             column = start + tl.arange(0, 4 * BLOCK)
-            top = tl.maximum(top, _magnitude(tl.load(x + column * stride_k, mask=column < columns, other=0.0)))
-        scale, inverse = _scale(tl.max(top, 0))
+            top = tl.maximum(top, magnitude(tl.load(x + column * stride_k, mask=column < columns, other=0.0)))
+        scale, inverse = token_scale(tl.max(top, 0))
         tl.store(scales + row, scale)
     field = tl.arange(0, 4)[None, :]
     for start in range(0, row_bytes, BLOCK):
         byte = start + tl.arange(0, BLOCK)[:, None]
-        g = 0 if groups == 1 else byte // group_bytes
-        within = (byte - g * group_bytes) * 4 + field
-        column = g * group + within
-        inside = byte < row_bytes
-        value = tl.load(x + column * stride_k, mask=inside & (within < group), other=0.0)
-        value = _quantize(value, inverse) if quantized else value.to(planes.dtype.element_ty)
-        tl.store(planes + field * row_bytes + byte, value, mask=inside)
+        column, inside = column_of(byte, field, group, group_bytes, groups)
+        value = tl.load(x + column * stride_k, mask=inside, other=0.0)
+        value = quantize(value, inverse) if quantized else value.to(planes.dtype.element_ty)
+        tl.store(planes + field * row_bytes + byte, value, mask=byte < row_bytes)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -127,12 +150,16 @@ def _multiply(
     stride_k,
     OPERAND: tl.constexpr,
     PLANES: tl.constexpr,
+    FUNCTION: tl.constexpr,
     COMPILED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``y[M, N]`` from planes and scales, or from ``x`` itself (not ``PLANES``); BLOCK_K bytes of a weight at a time."""
+    """``y[M, N]`` from planes and scales, or from ``x`` itself (not ``PLANES``); BLOCK_K bytes of a weight at a time.
+
+    ``FUNCTION`` (see :func:`_activated`) or None is what ``y`` goes through.
+    """
     program, blocks = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     first = (program // blocks).to(tl.int64) * BLOCK_M
     m, n, k = tl.arange(0, BLOCK_M), program % blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -153,8 +180,8 @@ def _multiply(
             for start in range(0, groups * group, 4 * BLOCK_K):
                 column = start + tl.arange(0, 4 * BLOCK_K)[None, :]
                 value = tl.load(x[:, None] + column * stride_k, mask=column < groups * group, other=0.0)
-                top = tl.maximum(top, _magnitude(value))
-            scale, inverse = _scale(tl.max(top, 1))
+                top = tl.maximum(top, magnitude(value))
+            scale, inverse = token_scale(tl.max(top, 1))
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for g in range(groups):
         partial = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if quantized else tl.float32)
@@ -168,7 +195,7 @@ def _multiply(
                 else:
                     within = (start + k[:, None]) * 4 + field
                     value = tl.load(x[None, :] + (g * group + within) * stride_k, mask=within < group, other=0.0)
-                    value = _quantize(value, inverse[None, :]) if quantized else value.to(OPERAND)
+                    value = quantize(value, inverse[None, :]) if quantized else value.to(OPERAND)
                 codes = _codes(packed, field, OPERAND, COMPILED)
                 partial = tl.dot(codes, value, partial, input_precision="tf32x3", out_dtype=partial.dtype)
         if quantized:
@@ -180,6 +207,8 @@ def _multiply(
         out *= scale[:, None]
     if bias is not None:
         out += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    if FUNCTION is not None:
+        out = _activated(out, FUNCTION)
     y += (first + m)[:, None] * N + n[None, :]
     tl.store(y, out.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
@@ -198,13 +227,15 @@ TUNE = True
 
 _CLASSES = list(CONFIGS)
 _COMPILED = isinstance(_multiply, triton.JITFunction)  # False under TRITON_INTERPRET=1
-_OPERANDS = {
+OPERANDS = {
     torch.int8: tl.int8,
     torch.bfloat16: tl.bfloat16 if _COMPILED else tl.float32,  # the interpreter multiplies no bfloat16
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
 _best: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+Shape = tuple[int, int, int]  # of a weight's rows: columns of a group, its bytes with what pads it, groups
 
 
 def linear(
@@ -219,7 +250,7 @@ def linear(
     Nothing here waits for the GPU but the first call with a new size class of tokens, which chooses among :data:`CONFIGS`.
     """
     *batch, in_features = x.shape if x.dim() else (0,)
-    out_features, padded = weight.shape[0], _padded_weights(weight, weight_scale, in_features)
+    out_features, other = weight.shape[0], _padded_weights(weight, weight_scale, in_features)
     reference.check_call(x, out_features, bias, activation)
     tensors = (weight, weight_scale) if bias is None else (weight, weight_scale, bias)
     if any(tensor.device != x.device for tensor in tensors):
@@ -228,42 +259,61 @@ def linear(
     y = x.new_empty((*batch, out_features))
     if not y.numel() or not in_features or in_features // groups > LONGEST_GROUP:
         return reference.linear(x, weight, weight_scale, bias, activation)
+    weight = weight if other is None else other
+    shape = in_features // groups, weight.shape[1] // groups, groups
+    dtype = torch.int8 if activation else x.dtype if x.dtype in OPERANDS else torch.float32
+    bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
-        _run(
-            y,
-            x.reshape(-1, in_features),
-            weight if padded is None else padded,
-            weight_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
-            activation,
-        )
+        source, scales = to_operand(x.reshape(-1, in_features), shape, dtype)
+        multiply(y.view(-1, out_features), source, scales, weight, weight_scale.contiguous(), bias, shape, dtype)
     return y
 
 
-def _run(
+def to_operand(x: torch.Tensor, shape: Shape, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What :func:`multiply` reads of x ``[tokens, in_features]``: planes and scales; x itself up to :data:`FUSED` tokens."""
+    tokens = x.shape[0]
+    if tokens <= FUSED:
+        return x, None
+    planes, scales = empty_planes(x, shape, dtype)
+    block = min(triton.next_power_of_2(planes.shape[2]), 1024)
+    warps = max(1, block // 128)
+    _to_planes[(tokens,)](planes, scales, x, *shape, *x.stride(), BLOCK=block, num_warps=warps, enable_fp_fusion=False)
+    return planes, scales
+
+
+def empty_planes(x: torch.Tensor, shape: Shape, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory for the planes ``[tokens, 4, bytes of a row]`` of x, and for the scales ``[tokens]`` of int8 ones."""
+    _, group_bytes, groups = shape
+    planes = x.new_empty((x.shape[0], 4, group_bytes * groups), dtype=dtype)
+    return planes, x.new_empty(x.shape[0], dtype=torch.float32) if dtype == torch.int8 else None
+
+
+def multiply(
     y: torch.Tensor,
-    x: torch.Tensor,
+    source: torch.Tensor,
+    scales: torch.Tensor | None,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    activation: str | None,
+    shape: Shape,
+    dtype: torch.dtype = torch.int8,
+    function: str | None = None,
 ) -> None:
-    """Fill ``y`` from x ``[tokens, in_features]`` and a weight as :func:`_padded` makes it."""
-    tokens, in_features = x.shape
-    out_features, groups = weight_scale.shape
-    shape = in_features // groups, weight.shape[1] // groups, groups
-    dtype = torch.int8 if activation else x.dtype if x.dtype in _OPERANDS else torch.float32
-    source, scales = x, None
-    if tokens > FUSED:
-        source = x.new_empty((tokens, 4, weight.shape[1]), dtype=dtype)
-        scales = x.new_empty(tokens, dtype=torch.float32) if activation else None
-        block = min(triton.next_power_of_2(weight.shape[1]), 1024)
-        warps = max(1, block // 128)
-        _to_planes[(tokens,)](source, scales, x, *shape, *x.stride(), BLOCK=block, num_warps=warps, enable_fp_fusion=False)
-    arguments = y, source, scales, weight, weight_scale, bias, tokens, out_features, *shape, *x.stride()
-    options = {"OPERAND": _OPERANDS[dtype], "PLANES": tokens > FUSED, "COMPILED": _COMPILED, "enable_fp_fusion": False}
+    """Fill ``y`` ``[tokens, out_features]`` in one launch.
+
+    Args:
+        source, scales: see :func:`to_operand`.
+        weight: as :func:`padded` makes it; like ``weight_scale`` and ``bias`` contiguous.
+        shape: columns of a group, its bytes with what pads it, groups.
+        dtype: in which is multiplied: int8, or that of float activations.
+        function: what ``y`` goes through, one of :func:`_activated`.
+    """
+    (tokens, out_features), planes = y.shape, source.dim() == 3
+    arguments = y, source, scales, weight, weight_scale, bias, tokens, out_features, *shape, *source.stride()[:2]
+    options = {"OPERAND": OPERANDS[dtype], "PLANES": planes, "FUNCTION": function, "COMPILED": _COMPILED}
+    options["enable_fp_fusion"] = False
     size = _CLASSES[bisect_left(_CLASSES, tokens)]
-    key = size, out_features, shape, dtype, x.dtype, x.get_device()
+    key = size, out_features, shape, dtype, y.dtype, planes, function, y.get_device()
     config = _best.get(key)
     if config is None:
         tuner = _tuner(size, dtype.itemsize)
@@ -281,14 +331,15 @@ def _tuner(size: int, itemsize: int) -> Any:
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": max(16, k // itemsize)}, num_warps=warps, num_stages=stages)
         for m, n, k, warps, stages in CONFIGS[size]
     ]
-    return triton.autotune(configs, key=["N", "group", "group_bytes", "groups", "PLANES"], cache_results=True)(_multiply)
+    key = ["N", "group", "group_bytes", "groups", "PLANES", "FUNCTION"]
+    return triton.autotune(configs, key=key, cache_results=True)(_multiply)
 
 
 def _grid(tokens: int, out_features: int) -> Any:
     return lambda meta: (triton.cdiv(tokens, meta["BLOCK_M"]) * triton.cdiv(out_features, meta["BLOCK_N"]),)
 
 
-def _padded(weight: torch.Tensor, weight_scale: torch.Tensor, in_features: int) -> torch.Tensor | None:
+def padded(weight: torch.Tensor, weight_scale: torch.Tensor, in_features: int) -> torch.Tensor | None:
     """The weight with every group padded to :data:`ALIGNMENT` bytes; None if it is so already, as in most models."""
     groups = weight_scale.shape[1]
     group = in_features // groups
@@ -300,4 +351,4 @@ def _padded(weight: torch.Tensor, weight_scale: torch.Tensor, in_features: int) 
     return pack(torch.nn.functional.pad(codes, (0, 4 * group_bytes - group))).flatten(1)
 
 
-_padded_weights = LayoutCache(_padded)
+_padded_weights = LayoutCache(padded)

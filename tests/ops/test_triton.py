@@ -44,8 +44,7 @@ def set_tiles(monkeypatch: pytest.MonkeyPatch, tiles: dict[int, list[tuple[int, 
     kernels._tuner.cache_clear()
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and buffers start as NaN or nonsense, so that an element that is never written shows."""
     new_empty = torch.Tensor.new_empty
 
@@ -54,6 +53,11 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor.fill_(torch.nan if tensor.is_floating_point() else 99)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch)
 
 
 def call(
@@ -264,12 +268,12 @@ class TestPadding:
     @pytest.mark.parametrize(("in_features", "groups", "padded"), [(384, 1, None), (384, 6, None), (62, 1, None)])
     def test_none(self, in_features: int, groups: int, padded: None) -> None:
         weight, scale, _ = make_layer(7, in_features, groups)
-        assert kernels._padded(weight, scale, in_features) is padded
+        assert kernels.padded(weight, scale, in_features) is padded
 
     @pytest.mark.parametrize(("in_features", "groups", "row"), [(385, 1, 112), (32, 1, 16), (96, 3, 48), (126, 2, 32)])
     def test_to_whole_sixteen_bytes(self, in_features: int, groups: int, row: int) -> None:
         weight, scale, _ = make_layer(7, in_features, groups)
-        padded = kernels._padded(weight, scale, in_features)
+        padded = kernels.padded(weight, scale, in_features)
         assert padded.shape == (7, row)
         group = in_features // groups
         codes = packing.unpack(padded, 4 * row).unflatten(1, (groups, -1))
@@ -301,7 +305,7 @@ class TestPadding:
         assert not kernels._padded_weights.entries
 
 
-COMPILE = """
+COMPILER = """
 import sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -324,13 +328,17 @@ class Driver:
 compiled = []
 
 def compile_only(self, *arguments, grid, warmup, **options):
-    compiled.append((self.__name__, run(self, *arguments, grid=grid, warmup=True, **options).asm["ptx"]))
+    kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+    assert kernel.metadata.shared <= 99 * 1024, self.__name__  # what the smallest of these GPUs has for a block
+    compiled.append((self.__name__, kernel.asm["ptx"]))
 
 driver.set_active(Driver())
 run, triton.JITFunction.run = triton.JITFunction.run, compile_only
 torch.cuda.is_current_stream_capturing = lambda: False
 kernels.CONFIGS.update({size: tiles[:1] for size, tiles in kernels.CONFIGS.items()})
+"""
 
+COMPILE = """
 def ptx(rows, columns, groups=1, dtype=torch.bfloat16, activation="int8", bias=True, transposed=False):
     compiled.clear()
     x = torch.empty(columns, rows, dtype=dtype).T if transposed else torch.empty(rows, columns, dtype=dtype)
@@ -352,13 +360,18 @@ if sys.argv[1] == "90":
 """
 
 
+def compile_for(architecture: str, code: str) -> None:
+    """Run ``code`` where kernels are compiled for a compute capability, into the list ``compiled``, and not launched."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILER + code, architecture]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_the_compiler_makes_what_is_meant(architecture: str) -> None:
     """All but the launch: int8 tensor cores, wide stores, exact divisions, and no fused multiply-add."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, architecture]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    compile_for(architecture, COMPILE)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import benchmark_gpu
+from hf_ternary.ops import backends
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def test_measures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
     (encoder,) = (cell for cell in result["cells"] if "model" in cell["what"])
     assert encoder["what"] == {"model": "tiny", "batch": 2, "tokens": 5}
-    assert set(encoder["milliseconds"]) == {"float32", "tf32", "bfloat16", "ternary"}
+    assert set(encoder["milliseconds"]) == {"float32", "tf32", "bfloat16", "ternary"}  # bfloat16: no encoder on a CPU
     assert encoder["share_of_limits"]["ternary"].keys() == {"int8", "bandwidth"}
     assert encoder["weight_bytes"]["ternary"] < encoder["weight_bytes"]["bfloat16"] < encoder["weight_bytes"]["float32"]
     assert not any(cell["errors"] for cell in result["cells"])
@@ -77,6 +78,16 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_gpu, "linear", lambda x, *rest: benchmark_gpu.reference.linear(x, *rest) * 1.01)
     with pytest.raises(AssertionError, match="64 x 32, 1 groups, 1 rows, torch.bfloat16, activation int8"):
         benchmark_gpu.check_kernels([(64, 32)], "cpu")
+
+
+def test_check_of_the_encoder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if backends.choose().backend == "reference":
+        pytest.skip("the C++ kernels are not built")
+    benchmark_gpu.check_encoder("tiny", "cpu")
+    assert "checked the encoder of tiny" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark_gpu, "by_modules", lambda model, ids, mask: torch.randn(*ids.shape, 32))
+    with pytest.raises(AssertionError, match="tiny, torch.float32: cosine with transformers' forward"):
+        benchmark_gpu.check_encoder("tiny", "cpu")
 
 
 def test_shapes_are_the_models() -> None:
