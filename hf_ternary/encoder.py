@@ -15,11 +15,12 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 from .architectures import ARCHITECTURES, Architecture, NativeEncoder, find_layout
@@ -130,7 +131,7 @@ def _forward(module: Any, inputs: dict[str, Any]) -> Any:
     if state.native is None or state.device != device or not _pools_a_token(module, ids, mask):
         return None
     if isinstance(state.native, NativeEncoder):
-        y = _in_cpp(state.native, ids, types, mask, _embed(module, inputs) if ids is None else None)
+        y = _in_cpp(state.native, ids, types, mask, _embed(module, inputs, state) if ids is None else None)
     else:
         y = state.native.hidden_states(ids, types, mask)
     return None if y is None else _output(module, y, ids)
@@ -154,10 +155,25 @@ def _in_cpp(
     return y if native.hidden_states(at_ids, at_types, at_states, at_mask, rows, columns, at_y, threads) else None
 
 
-def _embed(module: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """What the first layer of a vision encoder reads, float32 ``[images, tokens, hidden]``."""
+def _embed(module: Any, inputs: dict[str, Any], state: "_State") -> torch.Tensor:
+    """What the first layer of a vision encoder reads, float32 ``[images, tokens, hidden]``.
+
+    Patches go through the convolution; class token, positions and biases are what the module makes of a black image. They
+    depend on nothing but the size, and resizing a table of positions takes longer than embedding a small image.
+    """
     names = _arguments(type(module.embeddings).forward)
-    return module.embeddings(**{name: value for name, value in inputs.items() if name in names})
+    inputs = {name: value for name, value in inputs.items() if name in names}
+    if inputs.get("bool_masked_pos") is not None:
+        return module.embeddings(**inputs)
+    pixels = inputs["pixel_values"]
+    key = *pixels.shape[1:], bool(inputs.get("interpolate_pos_encoding"))
+    known, black = state.black
+    if known != key:
+        black = module.embeddings(**{**inputs, "pixel_values": torch.zeros_like(pixels[:1])})
+        state.black = key, black
+    convolution = next(m for m in module.embeddings.modules() if isinstance(m, nn.Conv2d))
+    patches = F.conv2d(pixels, convolution.weight, stride=convolution.stride).flatten(2).transpose(1, 2)
+    return torch.cat([black[:, :1].expand(len(pixels), -1, -1), black[:, 1:] + patches], dim=1)
 
 
 @functools.cache
@@ -242,9 +258,10 @@ class _State:
 
     def __init__(self, module: Any) -> None:
         modules = [module, *(m for part in _parts(module) for m in part.modules())]
-        self._inner = modules[1:]  # the encoder's own hooks run around its forward
+        inner = modules[1:]  # the encoder's own hooks run around its forward
+        self._attributes = [vars(m) for m in inner]
         self._tables = [table for m in modules for table in (m._parameters, m._buffers, m._modules)]
-        self._tables += [table for m in self._inner for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._tables += [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
         self._tables += [nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks]
         self._contents = self._read()
         self._tensors = [v for v in self._contents if isinstance(v, torch.Tensor) and not v.is_inference()]
@@ -252,6 +269,7 @@ class _State:
         devices = (value.device for value in self._contents if isinstance(value, torch.Tensor))
         self.device = next(devices, torch.device("cpu"))
         self.native: NativeEncoder | TritonEncoder | None = None
+        self.black: tuple[Any, Any] = None, None  # size of an image, embeddings of a black one
         self.obstacle = _obstacle(modules, self.device)
         if self.obstacle is not None:
             return
@@ -280,7 +298,7 @@ class _State:
 
     def _read(self) -> list[Any]:
         """Parameters, buffers, submodules, hooks and replaced forwards."""
-        forwards = [vars(m).get("forward") for m in self._inner]
+        forwards = map(dict.get, self._attributes, repeat("forward"))
         return [*chain.from_iterable(map(dict.values, self._tables)), *forwards]
 
 

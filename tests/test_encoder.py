@@ -149,6 +149,27 @@ def test_images_of_another_size(tmp_path: Path):
     assert_same_embeddings(model, {**pixels, "interpolate_pos_encoding": True})
     with pytest.raises(ValueError, match="doesn't match"), torch.inference_mode():
         model(**pixels)
+    assert_same_embeddings(model, images(2))  # what is kept of another size does not show
+
+
+@pytest.mark.parametrize("model_type", VISION)
+def test_changed_positions_of_images_are_noticed(model_type: str, tmp_path: Path):
+    model = make(tmp_path, model_type)
+    before = native(model, images(2))
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "position_embedding" in name).normal_()
+    assert not torch.allclose(native(model, images(2)), before, atol=0.1)
+    assert_same_embeddings(model, images(2))
+
+
+def test_masked_patches_equal_the_module_wise_path(tmp_path: Path):
+    from transformers import ViTModel
+
+    make(tmp_path, "vit")
+    model = ViTModel.from_pretrained(tmp_path, quantization_config=TernaryConfig(), use_mask_token=True).eval()
+    masked = torch.zeros(2, (PIXELS // 8) ** 2, dtype=torch.bool)
+    masked[0, :3] = True
+    assert_same_embeddings(model, {**images(2), "bool_masked_pos": masked})
 
 
 def test_differs_from_the_module_wise_path_by_rounding_noise_only(minilm: Path):
@@ -332,7 +353,8 @@ def test_same_bits_for_an_image_in_any_batch_on_any_threads(model_type: str, tmp
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        states = encoder._embed(bound(model), images(7))  # torch's own convolution depends on the batch
+        vision = bound(model)
+        states = encoder._embed(vision, images(7), encoder._state(vision))  # torch's convolution depends on the batch
         monkey = pytest.MonkeyPatch()
         alone = []
         for i in range(7):
