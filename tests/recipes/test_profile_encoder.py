@@ -29,6 +29,7 @@ def test_a_profile(tiny_sentence_transformer: Path, tmp_path: Path, monkeypatch:
     assert [row["tokens"] for row in run["lengths"]] == [1, 7]
     assert all(row["microseconds"] > 0 and row["gmacs"] >= 0 for row in run["lengths"])
     assert (run["functions"] is None) == (shutil.which("perf") is None)
+    assert run["sentence_transformers"]["encode"] > run["sentence_transformers"]["forward"] > 0
 
 
 def test_functions_are_told_by_share() -> None:
