@@ -100,8 +100,13 @@ def _native_class(base: Any) -> Any:
         return _new, (base, *arguments[1:]), *state
 
     def train(self: Any, mode: bool = True) -> Any:
-        # Looking is quicker than setting: sentence-transformers calls eval() in every encode().
-        return self if all(m.training == mode for m in self.modules()) else base.train(self, mode)
+        # Looking is quicker than setting, and a list than modules(): sentence-transformers calls eval() in every encode().
+        modules = [self]
+        for module in modules:
+            if module.training != mode:
+                return base.train(self, mode)
+            modules += [child for child in module._modules.values() if child is not None]
+        return self
 
     members = {
         "__module__": base.__module__,

@@ -233,7 +233,10 @@ def functions() -> str:
     """Shares of the processor's time by step, of a query and of a passage."""
     result = results("profile-all-MiniLM-L6-v2-ternary")
     run = result["runs"][0]
-    shares = list(run["functions"].values())
+    shares = [
+        {re.sub(r"hf_ternary::|\(anonymous namespace\)::", "", name): share for name, share in told.items()}
+        for told in run["functions"].values()
+    ]
     names = sorted({name for share in shares for name in share}, key=lambda name: -shares[-1].get(name, 0))
     rows = [[f"`{name}`", *(f"{100 * share[name]:.0f} %" if name in share else "" for share in shares)] for name in names]
     note = f"Those of at least 1 %, {run['threads']} thread, {setting(result)}."
