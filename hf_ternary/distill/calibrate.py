@@ -1,9 +1,10 @@
-"""A start that compensates rounding errors: GPTQ (Frantar et al., arXiv 2210.17323) with ternary levels.
+"""A start that compensates rounding errors: GPTQ and coordinate descent with ternary levels.
 
 Layer by layer, in the order in which data flows: the columns of a weight matrix are rounded one after the other, and the
-error of each is made up for by the columns not rounded yet, as the layer's own inputs weigh it. The inputs are those that
-the student sees, behind layers rounded before; the target is what the teacher computes from its own (as in GPTAQ, arXiv
-2504.02692), so that errors do not add up from layer to layer.
+error of each is made up for by the columns not rounded yet, as the layer's own inputs weigh it (GPTQ, Frantar et al., arXiv
+2210.17323). Then every column is rounded anew, given all others, again and again (QuantEase, Behdin et al., arXiv
+2309.01885). The inputs are those that the student sees, behind layers rounded before; the target is what the teacher
+computes from its own (as in GPTAQ, arXiv 2504.02692), so that errors do not add up from layer to layer.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,6 +27,9 @@ MULTIPLES = (0.7, 0.8, 0.9, 1.0, 1.1)
 
 # Columns whose errors are spread over the rest of the matrix at once.
 BLOCK = 128
+
+# Rounds of the coordinate descent; later ones hardly change anything.
+SWEEPS = 10
 
 
 @torch.no_grad()
@@ -129,7 +133,7 @@ def _compensate_layer(
     errors = wanted.repeat(len(MULTIPLES), 1) - dequantize(ternary_codes(masters, scales), scales)
     best = ((errors @ hessian) * errors).sum(1).view(len(MULTIPLES), -1).argmin(0)
     row = best * len(wanted) + torch.arange(len(wanted), device=best.device)
-    master, scale = masters[row], scales[row]
+    master, scale = round_again(wanted, masters[row], scales[row], hessian)
     layer.weight.copy_(master)
     assert layer.weight_scale is not None
     layer.weight_scale.copy_(scale)
@@ -164,7 +168,44 @@ def round_with_compensation(
             errors[i - start] = (rest[i] - rounded) / inverse[i, i]
             rest[i + 1 : stop].addr_(inverse[i, i + 1 : stop], errors[i - start], alpha=-1)
         rest[stop:].addmm_(inverse[start:stop, stop:].t(), errors, alpha=-1)
-    master = rest[order.argsort()].t().contiguous()
+    return _refit(weight, rest[order.argsort()].t().contiguous(), scale, hessian)
+
+
+def round_again(
+    weight: torch.Tensor, master: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinate descent: round every column to the level that is best given the codes of all others, :data:`SWEEPS` times.
+
+    Args:
+        weight: float ``[out, in]``, what is approximated.
+        master, scale: a rounding of it, as :func:`round_with_compensation` returns; the error never grows from there.
+        hessian: positive definite ``[in, in]``.
+
+    Returns:
+        As :func:`round_with_compensation`; a weight is what would have been best for it without rounding.
+    """
+    for _ in range(SWEEPS):
+        levels = scale.t().repeat_interleave(weight.shape[1] // scale.shape[1], 0)
+        rounded = dequantize(ternary_codes(master, scale), scale).t().contiguous()  # columns as rows, as above
+        best = torch.empty_like(rounded)
+        slope = hessian @ (weight.t() - rounded)
+        for start in range(0, len(rounded), BLOCK):
+            stop = min(start + BLOCK, len(rounded))
+            before = rounded[start:stop].clone()
+            for i in range(start, stop):
+                best[i] = rounded[i] + slope[i] / hessian[i, i]
+                new = dequantize(ternary_codes(best[i, :, None], levels[i, :, None]), levels[i, :, None])[:, 0]
+                slope[i:stop].addr_(hessian[i:stop, i], new - rounded[i], alpha=-1)
+                rounded[i] = new
+            slope[stop:].addmm_(hessian[stop:, start:stop], rounded[start:stop] - before, alpha=-1)
+        master, scale = _refit(weight, best.t().contiguous(), scale, hessian)
+    return master, scale
+
+
+def _refit(
+    weight: torch.Tensor, master: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scale for the codes if there is one a row, and weights that keep these codes."""
     if scale.shape[1] > 1:
         return master, scale
     codes = ternary_codes(master, scale).float()

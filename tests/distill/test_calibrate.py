@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_ternary import TernaryConfig
-from hf_ternary.distill.calibrate import compensate, round_with_compensation
+from hf_ternary.distill.calibrate import compensate, round_again, round_with_compensation
 from hf_ternary.distill.student import Encoder, load_teacher, make_student
 from hf_ternary.ternarize import dequantize, ternarize, ternary_codes, ternary_scale
 from tests.distill.conftest import make_texts
@@ -27,6 +27,26 @@ def test_compensation_lowers_the_output_error_of_correlated_inputs(group_size: i
     compensated = dequantize(ternary_codes(master, refitted), refitted)
     plain = dequantize(*ternarize(weight, group_size=group_size))
     assert output_error(weight, compensated, hessian) < 0.7 * output_error(weight, plain, hessian)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_rounding_again_lowers_the_error_further(group_size: int | None):
+    x = torch.randn(500, 8) @ torch.randn(8, 200) + 0.3 * torch.randn(500, 200)
+    hessian = x.t() @ x / len(x) + 0.01 * torch.eye(200)
+    weight = torch.randn(24, 200)
+    start = round_with_compensation(weight, ternary_scale(weight, group_size=group_size), hessian)
+    again = round_again(weight, *start, hessian)
+    errors = [
+        output_error(weight, dequantize(ternary_codes(*rounding), rounding[1]), hessian) for rounding in (start, again)
+    ]
+    assert errors[1] < 0.9 * errors[0]
+    # No single weight could have a better code.
+    codes, scale = ternary_codes(*again).float(), again[1]
+    for row, column in ((0, 0), (5, 127), (23, 199)):
+        for code in (-1, 0, 1):
+            other = codes.clone()
+            other[row, column] = code
+            assert output_error(weight, dequantize(other, scale), hessian) > 0.999 * errors[1]
 
 
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
