@@ -31,7 +31,7 @@ def log(options: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_run_makes_a_loadable_model_that_is_closer_to_the_teacher(options: Options):
     run = options(
         max_steps=40,
-        learning_rate=1e-3,
+        learning_rate=3e-4,
         eval_steps=40,
         hidden_weight=0.5,
         gram_weight=0.5,
