@@ -164,7 +164,7 @@ def _embed(module: Any, inputs: dict[str, Any], state: "_State") -> torch.Tensor
     """What the first layer of a vision encoder reads, float32 ``[images, tokens, hidden]``.
 
     Patches go through the convolution; class token, positions and biases are what the module makes of a black image. They
-    depend on nothing but the size, and resizing a table of positions takes longer than embedding a small image.
+    depend on nothing but the size, so they are kept for the last one: no table of positions is resized in every call.
     """
     names = _arguments(type(module.embeddings).forward)
     inputs = {name: value for name, value in inputs.items() if name in names}

@@ -83,12 +83,12 @@ def query_through(folder: Path, threads: int, rounds: int, seconds: float) -> di
     model = SentenceTransformer(str(folder), device="cpu")
     ids = model.tokenizer([QUERY], return_tensors="pt")
     calls = {"encode": partial(model.encode, QUERY), "forward": partial(model[0].auto_model, **ids)}
-    return {name: round(1e6 * time, 1) for name, time in measure(calls, rounds, seconds).items()}
+    return {name: round(1e6 * taken, 1) for name, taken in measure(calls, rounds, seconds).items()}
 
 
 def measure(calls: dict[Any, Callable[[], Any]], rounds: int, seconds: float) -> dict[Any, float]:
     """Seconds of each call: the median over turns, in each of which it is called for ``seconds``."""
-    turns: dict[int, list[float]] = {name: [] for name in calls}
+    turns: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in track(range(rounds), "measuring", transient=True):
         for name, call in calls.items():
             turns[name].append(repeat(call, seconds))
