@@ -23,7 +23,7 @@ EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 def check_kernels(compiler: str, folder: Path, options: list[str], emulator: list[str]) -> list[str]:
     """Names of the kernels that were checked."""
     program = folder / "kernel_check"
-    checks = [Path(__file__).with_name(name) for name in ("kernel_check.cpp", "encoder_check.cpp")]
+    checks = [Path(__file__).with_name(name) for name in ("kernel_check.cpp", "encoder_check.cpp", "activation_check.cpp")]
     sources = [*checks, *(p for p in SOURCES.glob("*.cpp") if p.name != "native.cpp")]
     subprocess.run([compiler, *OPTIONS, *options, *map(str, sources), "-o", str(program)], check=True, timeout=250)
     done = subprocess.run([*emulator, str(program)], capture_output=True, text=True, timeout=250)
