@@ -13,6 +13,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config import TernaryConfig
+    from .distill.calibrate import calibrate
     from .encoder import explain
     from .hub import push_to_hub, save_pretrained
     from .modules import QuantizedEmbedding, TernaryLinear
@@ -24,6 +25,7 @@ __all__ = [
     "TernaryConfig",
     "TernaryLinear",
     "__version__",
+    "calibrate",
     "capabilities",
     "explain",
     "load",
@@ -35,6 +37,7 @@ _HOME = {
     "TernaryConfig": ".config",
     "TernaryLinear": ".modules",
     "QuantizedEmbedding": ".modules",
+    "calibrate": ".distill.calibrate",
     "capabilities": ".ops.backends",
     "explain": ".encoder",
     "load": ".serving",

@@ -85,6 +85,22 @@ def test_quantize_a_sentence_transformer(tiny_sentence_transformer: Path, packed
     np.testing.assert_array_equal(made.encode(SENTENCES), expected.encode(SENTENCES))
 
 
+def test_quantize_with_texts_calibrates(tiny_sentence_transformer: Path, packed: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
+    assert run("quantize", tiny_sentence_transformer, tmp_path / "out", "--texts", tmp_path / "texts.txt").status == 0
+    made, rounded = (SentenceTransformer(str(path), device="cpu").encode(SENTENCES) for path in (tmp_path / "out", packed))
+    calibrated = hf_ternary.calibrate(str(tiny_sentence_transformer), [s for s in SENTENCES if s], device="cpu")
+    np.testing.assert_array_equal(made, calibrated.encode(SENTENCES))
+    assert not np.array_equal(made, rounded)
+
+
+def test_quantize_with_texts_needs_a_sentence_transformer(tiny_bert: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
+    result = run("quantize", tiny_bert, tmp_path / "out", "--texts", tmp_path / "texts.txt")
+    assert_is_one_line_error(result, tiny_bert, "no SentenceTransformer", "leave out --texts")
+    assert not (tmp_path / "out").exists()
+
+
 def test_quantize_a_cross_encoder(tiny_cross_encoder: Path, run: Run, tmp_path: Path) -> None:
     assert run("quantize", tiny_cross_encoder, tmp_path / "out", "--embedding-bits", "none").status == 0
     assert {layer.kind for layer in read_info(tmp_path / "out").layers} == {"linear"}

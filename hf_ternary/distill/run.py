@@ -6,11 +6,10 @@ import logging
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from ..evaluation.results import provenance, write_json
@@ -109,9 +108,7 @@ def _read(args: DistillArguments) -> Corpus:
 def _texts(
     teacher: SentenceTransformer, corpus: Corpus, max_length: int | None
 ) -> tuple[TokenizedTexts, TokenizedTexts, Collator]:
-    longest = max_length or teacher.max_seq_length or 512
-    rows = cast(nn.Embedding, transformer_of(teacher).get_input_embeddings()).num_embeddings
-    train, held_out = (TokenizedTexts(t, teacher.tokenizer, longest, rows) for t in (corpus.train, corpus.held_out))
+    train, held_out = (TokenizedTexts.of(texts, teacher, max_length) for texts in (corpus.train, corpus.held_out))
     return train, held_out, Collator(teacher.tokenizer.pad_token_id or 0)
 
 

@@ -4,14 +4,17 @@ import gzip
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
 from torch.utils.data import Dataset
 
 from ..evaluation import files
 from .data import Corpus, fingerprint, load, split_weight
+from .student import transformer_of
 
 TEXT_FILES = (".jsonl", ".txt", ".parquet")
 
@@ -121,6 +124,12 @@ class TokenizedTexts(Dataset[dict[str, Any]]):
                 f"the tokenizer does not fit the teacher: it makes token id {self.ids.max()}, the teacher's token table has "
                 f"{vocab_size} rows. Fix: use the tokenizer that the teacher was trained with"
             )
+
+    @classmethod
+    def of(cls, texts: Sequence[str], teacher: SentenceTransformer, max_length: int | None = None) -> "TokenizedTexts":
+        """As ``teacher`` tokenizes them, cut to its own limit unless ``max_length`` says otherwise."""
+        rows = cast(nn.Embedding, transformer_of(teacher).get_input_embeddings()).num_embeddings
+        return cls(texts, teacher.tokenizer, max_length or teacher.max_seq_length or 512, rows)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -213,9 +213,9 @@ class DistillTrainer(Trainer):
             ) from error
 
     def calibration_batches(self, count: int) -> list[dict[str, Any]]:
-        """The first ``count`` texts of the plan, in batches of 32 of about one length."""
+        """This process's share of the first ``count`` texts of the plan, in batches of 32 of about one length."""
         chosen = np.concatenate(self.batches.batches)[:count]
-        chosen = chosen[self.train_data.lengths[chosen].argsort()]
+        chosen = chosen[self.train_data.lengths[chosen].argsort()][self.args.process_index :: self.args.world_size]
         return [self._batch(self.train_data, chosen[i : i + 32]) for i in range(0, len(chosen), 32)]
 
     def _batch(self, data: TokenizedTexts | Images, index: np.ndarray) -> dict[str, Any]:

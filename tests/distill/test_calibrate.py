@@ -2,13 +2,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 
 from hf_ternary import TernaryConfig
-from hf_ternary.distill.calibrate import compensate, round_again, round_with_compensation
+from hf_ternary.distill import calibrate as calibrate_module
+from hf_ternary.distill.calibrate import calibrate, compensate, round_again, round_with_compensation
 from hf_ternary.distill.student import Encoder, load_teacher, make_student
 from hf_ternary.ternarize import dequantize, ternarize, ternary_codes, ternary_scale
+from tests.conftest import tiny_tokenizer
 from tests.distill.conftest import make_texts
+from tests.test_architectures import build
 
 
 def output_error(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -83,3 +87,44 @@ def test_compensated_student_starts_closer_to_its_teacher(teacher: Path, config:
     before = fidelity()
     compensate(*encoders, batches[:-1])
     assert 1 - fidelity() < 0.8 * (1 - before)
+
+
+def test_calibrated_without_training(teacher: Path, tmp_path: Path):
+    texts = make_texts(200)
+    config = TernaryConfig(embedding_bits=8)
+    model = calibrate(str(teacher), texts[:160], config, device="cpu")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.save_pretrained(str(tmp_path / "model"))
+    original, saved = (SentenceTransformer(str(path), device="cpu") for path in (teacher, tmp_path / "model"))
+    options = {"quantization_config": config}
+    rounded = SentenceTransformer(str(teacher), device="cpu", model_kwargs=options)
+    wanted, got, plain = (each.encode(texts[160:], convert_to_tensor=True) for each in (original, saved, rounded))
+    assert 1 - F.cosine_similarity(got, wanted).mean() < 0.8 * (1 - F.cosine_similarity(plain, wanted).mean())
+    assert torch.equal(got, model.encode(texts[160:], convert_to_tensor=True))
+
+
+def test_calibrating_needs_texts_and_a_float_model(teacher: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="no texts to calibrate with"):
+        calibrate(str(teacher), [])
+    calibrate(str(teacher), make_texts(8), device="cpu").save_pretrained(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="is ternary already"):
+        calibrate(str(tmp_path / "model"), make_texts(8))
+
+
+@pytest.mark.parametrize("name", ["BERT", "ALBERT", "T5 encoder", "ModernBERT", "Qwen3"])
+def test_finished_blocks_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """ALBERT's blocks share their weights, T5's hand on more than hidden states."""
+    build(name, tmp_path)
+    tiny_tokenizer(tmp_path)
+    model = load_teacher(str(tmp_path))
+    batches = [dict(model.tokenize(texts)) for texts in (make_texts(4), make_texts(8, seed=1))]
+    batches = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
+    states = []
+    for block in (calibrate_module._block, lambda *arguments: None):
+        monkeypatch.setattr(calibrate_module, "_block", block)
+        student, teacher = Encoder(make_student(model, TernaryConfig())), Encoder(model)
+        compensate(student, teacher, batches)
+        states.append(student.state_dict())
+        with torch.no_grad():  # nothing of the replay is left behind
+            assert not torch.equal(*(encoder(**batches[0])["embedding"] for encoder in (student, teacher)))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
