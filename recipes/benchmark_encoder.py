@@ -80,6 +80,7 @@ def main(
     runs = [measure(everyone, work, model, count, rounds, starts) for count in threads or sorted({1, os.cpu_count() or 1})]
     report = {
         "model": model.resolve().name,
+        "weights": weights(model),
         "max_seq_length": max_length(model),
         "rounds": rounds,
         "starts": starts,

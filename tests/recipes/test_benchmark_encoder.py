@@ -39,6 +39,7 @@ def test_a_run_without_exports(packed: Path, tmp_path: Path) -> None:
     written = json.loads(output.read_text())
     assert {"commit", "hardware", "versions"} <= written.keys()
     assert str(packed.parent) not in output.read_text()
+    assert written["weights"]["bytes"] == (packed / "model.safetensors").stat().st_size
     assert written["linear_macs_per_token"] == 2 * (4 * 32 * 32 + 2 * 32 * 64)
     assert [w["texts"] for w in written["workloads"].values()] == [1, 21, 3]
     (run,) = written["runs"]
