@@ -4,7 +4,7 @@
 - `data`, `texts`, `images`: what it learns from, and batches of it
 - `student`: the teacher's fake-quantized copy, and the packed model it becomes
 - `losses`: what student and teacher are compared by
-- `calibrate`: a start that compensates rounding errors
+- `calibrate`: compensates rounding errors, before training or instead of it
 - `trainer`: transformers' `Trainer`, taught what to compare and log
 - `health`: zeros, flips, drift, and the plot
 - `run`: all of it in one call

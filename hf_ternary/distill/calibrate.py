@@ -1,4 +1,4 @@
-"""A start that compensates rounding errors: GPTQ and coordinate descent with ternary levels.
+"""Compensates rounding errors, before distillation or instead of it: GPTQ and coordinate descent with ternary levels.
 
 Layer by layer, in the order in which data flows: the columns of a weight matrix are rounded one after the other, and the
 error of each is made up for by the columns not rounded yet, as the layer's own inputs weigh it (GPTQ, Frantar et al., arXiv
@@ -37,7 +37,6 @@ BLOCK = 128
 # Rounds of the coordinate descent; later ones hardly change anything.
 SWEEPS = 10
 
-
 # Texts of about one length that are computed together.
 BATCH = 32
 
@@ -57,10 +56,10 @@ def calibrate(
         The packed model, on the CPU.
 
     Raises:
-        ValueError: no texts, or a model that cannot be a teacher (see :func:`.student.load_teacher`).
+        ValueError: no list of texts, or a model that cannot be a teacher (see :func:`.student.load_teacher`).
     """
-    if not texts:
-        raise ValueError("there are no texts to calibrate with; give some hundreds of the kind that the model will embed")
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"texts={texts!r} is no list of texts; give some hundreds of the kind that the model will embed")
     config, device = config or TernaryConfig(), device or get_device_name()
     teacher = load_teacher(model)
     data, collate = TokenizedTexts.of(texts, teacher), Collator(teacher.tokenizer.pad_token_id or 0)

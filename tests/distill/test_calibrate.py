@@ -104,8 +104,9 @@ def test_calibrated_without_training(teacher: Path, tmp_path: Path):
 
 
 def test_calibrating_needs_texts_and_a_float_model(teacher: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="no texts to calibrate with"):
-        calibrate(str(teacher), [])
+    for texts in ([], "one text"):
+        with pytest.raises(ValueError, match="is no list of texts"):
+            calibrate(str(teacher), texts)
     calibrate(str(teacher), make_texts(8), device="cpu").save_pretrained(str(tmp_path / "model"))
     with pytest.raises(ValueError, match="is ternary already"):
         calibrate(str(tmp_path / "model"), make_texts(8))
