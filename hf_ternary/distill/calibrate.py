@@ -184,8 +184,14 @@ class _Replay:
 
     def _run(self, number: int) -> None:
         self._number = number
+        before = {module: vars(module).get("forward") for module in self.encoder.modules()}
         with suppress(_Seen):
             self.encoder(**self.batches[number])
+        for module, forward in before.items():  # transformers 5.0 leaves its own there when a forward pass ends early
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
 
 
 def _statistics(students: _Replay, teachers: _Replay, name: str) -> tuple[torch.Tensor, ...]:

@@ -126,6 +126,6 @@ def test_finished_blocks_change_nothing(name: str, tmp_path: Path, monkeypatch: 
         student, teacher = Encoder(make_student(model, TernaryConfig())), Encoder(model)
         compensate(student, teacher, batches)
         states.append(student.state_dict())
-        with torch.no_grad():  # nothing of the replay is left behind
-            assert not torch.equal(*(encoder(**batches[0])["embedding"] for encoder in (student, teacher)))
+        for module in (*student.modules(), *teacher.modules()):
+            assert getattr(module.forward, "__func__", None) is type(module).forward  # nothing is left behind
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
