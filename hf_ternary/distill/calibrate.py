@@ -22,6 +22,7 @@ from transformers.utils.logging import tqdm
 from ..config import TernaryConfig
 from ..modules import FakeTernaryLinear
 from ..ternarize import dequantize, quantize_activation, ternary_codes, ternary_scale
+from .data import by_length
 from .student import Encoder, load_teacher, make_student, pack_student, ternary_layers
 from .texts import Collator, TokenizedTexts
 
@@ -36,9 +37,6 @@ BLOCK = 128
 
 # Rounds of the coordinate descent; later ones hardly change anything.
 SWEEPS = 10
-
-# Texts of about one length that are computed together.
-BATCH = 32
 
 
 def calibrate(
@@ -63,8 +61,7 @@ def calibrate(
     config, device = config or TernaryConfig(), device or get_device_name()
     teacher = load_teacher(model)
     data, collate = TokenizedTexts.of(texts, teacher), Collator(teacher.tokenizer.pad_token_id or 0)
-    order = data.lengths.argsort()
-    batches = [collate([data[int(i)] for i in order[start : start + BATCH]]) for start in range(0, len(order), BATCH)]
+    batches = [collate([data[int(i)] for i in index]) for index in by_length(data.lengths)]
     inputs = [{name: batch[name].to(device) for name in ("input_ids", "attention_mask")} for batch in batches]
     student = make_student(teacher, config)
     compensate(Encoder(student).to(device), Encoder(teacher).to(device), inputs)
@@ -127,8 +124,8 @@ def _block(encoder: Encoder, name: str) -> str | None:
     return None
 
 
-class _Seen(Exception):  # noqa: N818 - no error, it ends a forward pass early
-    pass
+class _Seen(BaseException):
+    """Ends a forward pass early. No error: nothing that handles errors should catch it."""
 
 
 class _Replay:

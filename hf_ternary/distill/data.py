@@ -119,6 +119,12 @@ def _plan(lengths: np.ndarray, batch_tokens: int, multiple: int, rng: np.random.
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def by_length(lengths: np.ndarray, size: int = 32) -> list[np.ndarray]:
+    """Indices of all inputs, those of about one length together, the shortest first: ``size`` a batch."""
+    order = lengths.argsort(kind="stable")
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def split_weight(source: str) -> tuple[str, float]:
     """``NAME=WEIGHT`` -> name and weight; 1 without one."""
     name, separator, weight = source.rpartition("=")

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from . import losses
 from .arguments import DistillArguments
-from .data import TokenBatches
+from .data import TokenBatches, by_length
 from .health import Health, write_log
 from .images import ImageCollator, Images
 from .student import Encoder, set_strength
@@ -216,7 +216,7 @@ class DistillTrainer(Trainer):
         """This process's share of the first ``count`` texts of the plan, in batches of 32 of about one length."""
         chosen = np.concatenate(self.batches.batches)[:count]
         chosen = chosen[self.train_data.lengths[chosen].argsort()][self.args.process_index :: self.args.world_size]
-        return [self._batch(self.train_data, chosen[i : i + 32]) for i in range(0, len(chosen), 32)]
+        return [self._batch(self.train_data, chosen[index]) for index in by_length(self.train_data.lengths[chosen])]
 
     def _batch(self, data: TokenizedTexts | Images, index: np.ndarray) -> dict[str, Any]:
         """Inputs of an encoder, on its device."""
@@ -248,11 +248,9 @@ class DistillTrainer(Trainer):
     @torch.no_grad()
     def _embed(self, encoder: Encoder, data: TokenizedTexts | Images) -> torch.Tensor:
         """float32 ``[len(data), D]`` on the CPU, computed in batches of about one length."""
-        order = data.lengths.argsort()
-        rows = []
-        for start in range(0, len(order), 32):
-            rows.append(encoder(**self._batch(data, order[start : start + 32]))["embedding"].float().cpu())
-        return torch.cat(rows)[torch.from_numpy(order.argsort())]
+        batches = by_length(data.lengths)
+        rows = [encoder(**self._batch(data, index))["embedding"].float().cpu() for index in batches]
+        return torch.cat(rows)[torch.from_numpy(np.concatenate(batches).argsort())]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds loss parts, tokens a second and the health of the layers; writes ``log.jsonl`` beside the checkpoints."""
