@@ -4,11 +4,13 @@ Layer by layer, in the order in which data flows: the columns of a weight matrix
 error of each is made up for by the columns not rounded yet, as the layer's own inputs weigh it (GPTQ, Frantar et al., arXiv
 2210.17323). Then every column is rounded anew, given all others, again and again (QuantEase, Behdin et al., arXiv
 2309.01885). The inputs are those that the student sees, behind layers rounded before; the target is what the teacher
-computes from its own (as in GPTAQ, arXiv 2504.02692), so that errors do not add up from layer to layer.
+computes from its own (as in GPTAQ, arXiv 2504.02692), so that errors do not add up from layer to layer. A layer whose output
+is added to the residual stream makes up for the error of that stream too, as far as its inputs tell.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +19,7 @@ from accelerate.utils import reduce
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_device_name
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.utils.logging import tqdm
 
 from ..config import TernaryConfig
@@ -26,14 +29,17 @@ from .data import by_length
 from .student import Encoder, load_teacher, make_student, pack_student, ternary_layers
 from .texts import Collator, TokenizedTexts
 
-# Added to the diagonal of the Hessian, as a share of its mean: GPTQ's default times five, as few texts are enough then.
-DAMPING = 0.05
+# Added to the diagonal of the Hessian, as a share of its mean. GPTQ's 0.01 is too little for a few hundred texts.
+DAMPING = 0.2
 
 # Scales that are tried for every row, as multiples of the least-squares scale.
 MULTIPLES = (0.7, 0.8, 0.9, 1.0, 1.1)
 
 # Columns whose errors are spread over the rest of the matrix at once.
 BLOCK = 128
+
+# What `a + b` may be to a TorchFunctionMode.
+SUMS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__)
 
 # Rounds of the coordinate descent; later ones hardly change anything.
 SWEEPS = 10
@@ -79,28 +85,33 @@ def compensate(student: Encoder, teacher: Encoder, batches: Iterable[dict[str, A
     """
     batches = list(batches)
     layers, originals = ternary_layers(student), dict(teacher.named_modules())
-    groups = tqdm(_in_order(student, batches[0]), desc="Compensating rounding errors")
+    order, into_stream = _in_order(student, batches[0])
+    groups = tqdm(order, desc="Compensating rounding errors")
     with _Replay(student, batches) as students, _Replay(teacher, batches) as teachers:
         for block, inside in groupby(groups, lambda names: _block(student, names[0])):
             for names in inside:
-                statistics = _statistics(students, teachers, names[0])
+                statistics = _Statistics.of(students, teachers, names[0], into_stream.issuperset(names) and len(names) == 1)
                 for name in names:
                     original = originals[name]
                     assert isinstance(original, nn.Linear)
-                    _compensate_layer(layers[name], original, *statistics)
+                    _compensate_layer(layers[name], original, statistics)
             if block is not None:
                 students.finish(block)
                 teachers.finish(block)
 
 
-def _in_order(student: Encoder, batch: dict[str, Any]) -> list[list[str]]:
-    """Names of the ternary layers that see every token, first used first; those with one input together."""
+def _in_order(student: Encoder, batch: dict[str, Any]) -> tuple[list[list[str]], set[str]]:
+    """Names of the ternary layers that see every token, first used first, those with one input together; and of those whose
+    output is added to something, the residual stream."""
     groups: list[tuple[torch.Tensor, list[str]]] = []
+    outputs: dict[str, torch.Tensor] = {}
+    into_stream: set[str] = set()
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            if args[0].ndim != 3 or any(name in names for _, names in groups):  # a pooler, or a shared layer's second use
+        def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            if args[0].ndim != 3 or name in outputs:  # a pooler, or a shared layer's second use
                 return
+            outputs[name] = output
             if groups and groups[-1][0] is args[0]:
                 groups[-1][1].append(name)
             else:
@@ -108,11 +119,15 @@ def _in_order(student: Encoder, batch: dict[str, Any]) -> list[list[str]]:
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in ternary_layers(student).items()]
-    student(**batch)
+    def added(one: torch.Tensor, other: torch.Tensor) -> None:
+        into_stream.update(name for name, output in outputs.items() if output is one)
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in ternary_layers(student).items()]
+    with _Sums(added):
+        student(**batch)
     for hook in hooks:
         hook.remove()
-    return [names for _, names in groups]
+    return [names for _, names in groups], into_stream
 
 
 def _block(encoder: Encoder, name: str) -> str | None:
@@ -126,6 +141,20 @@ def _block(encoder: Encoder, name: str) -> str | None:
 
 class _Seen(BaseException):
     """Ends a forward pass early. No error: nothing that handles errors should catch it."""
+
+
+class _Sums(TorchFunctionMode):
+    """Calls ``added(a, b)`` and ``added(b, a)`` before every sum of two tensors of one shape."""
+
+    def __init__(self, added: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        super().__init__()
+        self.added = added
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in SUMS and all(isinstance(each, torch.Tensor) for each in args[:2]) and args[0].shape == args[1].shape:
+            self.added(args[0], args[1])
+            self.added(args[1], args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class _Replay:
@@ -148,19 +177,36 @@ class _Replay:
         for block in self._finished:
             vars(block).pop("forward")
 
-    def inputs(self, name: str) -> Iterator[torch.Tensor]:
-        """What the layer ``name`` sees of each batch, float32 ``[real tokens, in]``."""
-        seen: list[torch.Tensor] = []
+    def seen(self, name: str, into_stream: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """What the layer ``name`` sees of each batch, float32 ``[real tokens, in]``, and, if it adds to the residual stream,
+        what is there: ``[real tokens, out]``."""
+        layer = self.encoder.get_submodule(name)
+        inputs: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
+        streams: list[torch.Tensor] = []
 
-        def hook(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            seen.append(args[0].float())
-            raise _Seen
+        def before(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+            inputs.append(args[0].float())
+            if not into_stream:
+                raise _Seen
 
-        handle = self.encoder.get_submodule(name).register_forward_pre_hook(hook)
+        def after(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            outputs.append(output)
+
+        def added(one: torch.Tensor, other: torch.Tensor) -> None:
+            if outputs and one is outputs[0]:
+                outputs.clear()
+                streams.append(other.float())
+                raise _Seen
+
+        handles = layer.register_forward_pre_hook(before), layer.register_forward_hook(after)
         for number, batch in enumerate(self.batches):
-            self._run(number)
-            yield seen.pop()[batch["attention_mask"].bool()]
-        handle.remove()
+            with _Sums(added):
+                self._run(number)
+            real = batch["attention_mask"].bool()
+            yield inputs.pop()[real], streams.pop()[real] if into_stream else None
+        for handle in handles:
+            handle.remove()
 
     def finish(self, name: str) -> None:
         """Keep what the block ``name`` returns for each batch."""
@@ -191,39 +237,46 @@ class _Replay:
                 vars(module)["forward"] = forward
 
 
-def _statistics(students: _Replay, teachers: _Replay, name: str) -> tuple[torch.Tensor, ...]:
-    """Mean of ``x x'``, mean of ``x x_teacher'`` (both ``[in, in]``) and means of x and x_teacher over the real tokens."""
-    layer = students.encoder.get_submodule(name)
-    assert isinstance(layer, FakeTernaryLinear)
-    width = layer.in_features
-    sums = [torch.zeros(shape, device=layer.weight.device) for shape in ((width, width), (width, width), (width,), (width,))]
-    count = 0
-    for x, target in zip(students.inputs(name), teachers.inputs(name), strict=True):
-        if layer.activation == "int8":
-            codes, scale = quantize_activation(x)
-            x = codes * scale
-        for total, value in zip(sums, (x.t() @ x, x.t() @ target, x.sum(0), target.sum(0)), strict=True):
-            total += value
-        count += len(x)
-    *sums, tokens = reduce([*sums, torch.tensor(count, device=layer.weight.device)], "sum")
-    return tuple(total / tokens for total in sums)
+@dataclass
+class _Statistics:
+    """Means over the real tokens: of a layer's input x in the student, of x_t in the teacher, and of what the student's
+    residual stream lacks, ``d = r_t - r``, for a layer that adds to it (0 for another)."""
+
+    xx: torch.Tensor  # x x', [in, in]
+    xt: torch.Tensor  # x x_t', [in, in]
+    xd: torch.Tensor  # x d', [in, out]
+    x: torch.Tensor
+    t: torch.Tensor
+    d: torch.Tensor
+
+    @classmethod
+    def of(cls, students: _Replay, teachers: _Replay, name: str, into_stream: bool) -> "_Statistics":
+        layer = students.encoder.get_submodule(name)
+        assert isinstance(layer, FakeTernaryLinear)
+        width, rows = layer.in_features, layer.out_features if into_stream else 1
+        shapes = (width, width), (width, width), (width, rows), (width,), (width,), (rows,)
+        sums = [torch.zeros(shape, device=layer.weight.device) for shape in shapes]
+        count = 0
+        for (x, r), (t, r_t) in zip(students.seen(name, into_stream), teachers.seen(name, into_stream), strict=True):
+            if layer.activation == "int8":
+                codes, scale = quantize_activation(x)
+                x = codes * scale
+            d = x.new_zeros(len(x), 1) if r is None or r_t is None else r_t - r
+            for total, value in zip(sums, (x.t() @ x, x.t() @ t, x.t() @ d, x.sum(0), t.sum(0), d.sum(0)), strict=True):
+                total += value
+            count += len(x)
+        *sums, tokens = reduce([*sums, torch.tensor(count, device=layer.weight.device)], "sum")
+        return cls(*(total / tokens for total in sums))
 
 
-def _compensate_layer(
-    layer: FakeTernaryLinear,
-    original: nn.Linear,
-    second: torch.Tensor,
-    cross: torch.Tensor,
-    mean: torch.Tensor,
-    target_mean: torch.Tensor,
-) -> None:
+def _compensate_layer(layer: FakeTernaryLinear, original: nn.Linear, mean: _Statistics) -> None:
     weight = original.weight.float()
     # The bias takes care of the means, the weights of what varies around them.
-    second = second - mean.outer(mean)
-    cross = cross - mean.outer(target_mean)
+    second = mean.xx - mean.x.outer(mean.x)
     damping = DAMPING * second.diagonal().mean()
     hessian = second + damping * torch.eye(len(second), device=second.device)
-    wanted = torch.linalg.solve(hessian, cross @ weight.t() + damping * weight.t()).t()
+    cross = (mean.xt - mean.x.outer(mean.t)) @ weight.t() + mean.xd - mean.x.outer(mean.d)
+    wanted = torch.linalg.solve(hessian, cross + damping * weight.t()).t()
 
     scale = ternary_scale(wanted, layer.weight_scheme, layer.group_size)
     # Every row with every multiple at once, then the best of each row.
@@ -237,7 +290,7 @@ def _compensate_layer(
     assert layer.weight_scale is not None
     layer.weight_scale.copy_(scale)
     if layer.bias is not None:
-        layer.bias.copy_(original.bias + weight @ target_mean - dequantize(ternary_codes(master, scale), scale) @ mean)
+        layer.bias.copy_(original.bias + weight @ mean.t + mean.d - dequantize(ternary_codes(master, scale), scale) @ mean.x)
 
 
 def round_with_compensation(

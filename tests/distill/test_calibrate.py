@@ -89,6 +89,48 @@ def test_compensated_student_starts_closer_to_its_teacher(teacher: Path, config:
     assert 1 - fidelity() < 0.8 * (1 - before)
 
 
+@pytest.mark.parametrize(
+    ("name", "suffixes"),
+    {
+        "BERT": ["attention.output.dense", "output.dense"],
+        "MPNet": ["attention.attn.o", "output.dense"],
+        "DistilBERT": ["attention.out_lin", "ffn.lin2"],
+        "ModernBERT": ["attn.Wo", "mlp.Wo"],
+        "T5 encoder": ["SelfAttention.o"],  # its other one stays in float
+        "Qwen3": ["self_attn.o_proj", "mlp.down_proj"],
+    }.items(),
+)
+def test_layers_that_add_to_the_residual_stream_are_found(name: str, suffixes: list[str], tmp_path: Path):
+    build(name, tmp_path)
+    tiny_tokenizer(tmp_path)
+    model = load_teacher(str(tmp_path))
+    student = Encoder(make_student(model, TernaryConfig()))
+    batch = dict(model.tokenize(make_texts(4)))
+    order, into_stream = calibrate_module._in_order(student, {k: batch[k] for k in ("input_ids", "attention_mask")})
+    names = [name for group in order for name in group]
+    assert into_stream == {name for name in names if name.endswith(tuple(suffixes))}
+    assert len(into_stream) == len(suffixes) * student.transformer.config.num_hidden_layers
+
+
+def test_layers_make_up_for_the_error_of_the_residual_stream(teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    """A token table of 2 bits makes the stream wrong from its start."""
+    model = load_teacher(str(teacher))
+    texts = make_texts(800)
+    batches = [dict(model.tokenize(texts[i : i + 40])) for i in range(0, 800, 40)]
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+    mask = batches[-1]["attention_mask"].bool()
+    in_order = calibrate_module._in_order
+    errors = []
+    for order in (in_order, lambda *arguments: (in_order(*arguments)[0], set())):
+        monkeypatch.setattr(calibrate_module, "_in_order", order)
+        student, wanted = Encoder(make_student(model, TernaryConfig(embedding_bits=2))), Encoder(model)
+        compensate(student, wanted, batches[:-1])
+        with torch.no_grad():
+            states = [encoder(**batches[-1])["hidden"][-1][mask] for encoder in (student, wanted)]
+        errors.append(F.mse_loss(*states).item())
+    assert errors[0] < 0.98 * errors[1]
+
+
 def test_calibrated_without_training(teacher: Path, tmp_path: Path):
     texts = make_texts(200)
     config = TernaryConfig(embedding_bits=8)
