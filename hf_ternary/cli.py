@@ -80,6 +80,7 @@ def quantize(
     weight_scheme: Annotated[str, typer.Option(help="optimal, the least-squares ternary, or absmean.")] = "optimal",
     activation: Annotated[str, typer.Option(help="int8, or none for floating-point activations.")] = "int8",
     embedding_bits: Annotated[str, typer.Option(help="Bits of the token table: 8, 4, 2, or none for float.")] = "4",
+    position_bits: Annotated[str, typer.Option(help="Bits of the position table: 8, 4, 2, or none for float.")] = "8",
     embedding_group_size: Annotated[int | None, typer.Option(help="Columns of the token table that share a scale.")] = None,
     modules_to_not_convert: Annotated[list[str] | None, typer.Option(help="Module to keep in float; repeatable.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id of SRC for the model card, if SRC is a folder.")] = None,
@@ -97,6 +98,7 @@ def quantize(
         weight_scheme=weight_scheme,
         activation=_value(activation),
         embedding_bits=_value(embedding_bits),
+        position_bits=_value(position_bits),
         embedding_group_size=embedding_group_size,
         modules_to_not_convert=modules_to_not_convert or None,
     )

@@ -61,19 +61,22 @@ def linears_to_convert(model: nn.Module, config: TernaryConfig, keep: Iterable[s
     return chosen
 
 
-def embeddings_to_convert(model: nn.Module, config: TernaryConfig) -> list[str]:
-    """Names of the tables that ``embedding_bits`` quantizes: the token table and large ones beside it (positions)."""
+def embeddings_to_convert(model: nn.Module, config: TernaryConfig) -> dict[str, int]:
+    """Names of the tables that ``config`` quantizes and their bits: the token table and large ones beside it (positions)."""
     if config.embedding_bits is None:
-        return []
+        return {}
     name_of = {module: name for name, module in model.named_modules()}
     tokens = next(filter(None, map(_token_table, model.modules())), None)
     if tokens is None:
-        return []
+        return {}
     parent = name_of[tokens].rpartition(".")[0]
     siblings = model.get_submodule(parent).children() if parent else []
-    positions = [m for m in siblings if isinstance(m, nn.Embedding) and m is not tokens]
-    chosen = [name_of[t] for t in [tokens, *positions] if t is tokens or t.num_embeddings >= SMALLEST_TABLE]
-    return [name for name in chosen if not any(matches(name, p) for p in config.modules_to_not_convert or [])]
+    tables: dict[str, int | None] = {name_of[tokens]: config.embedding_bits}
+    for table in siblings:
+        if isinstance(table, nn.Embedding) and table is not tokens and table.num_embeddings >= SMALLEST_TABLE:
+            tables[name_of[table]] = config.position_bits
+    keep = config.modules_to_not_convert or []
+    return {name: bits for name, bits in tables.items() if bits and not any(matches(name, p) for p in keep)}
 
 
 def _token_table(module: nn.Module) -> nn.Embedding | None:
@@ -105,7 +108,7 @@ def ternarize_model(
         ties or {},
         keep,
         lambda m: TernaryLinear.from_float(m, config.weight_scheme, config.group_size, config.activation),
-        lambda m: QuantizedEmbedding.from_float(m, config.embedding_bits or 8, config.embedding_group_size),
+        lambda m, bits: QuantizedEmbedding.from_float(m, bits, config.embedding_group_size),
     )
 
 
@@ -123,7 +126,7 @@ def fake_ternarize_model(
         ties or {},
         keep,
         lambda m: FakeTernaryLinear(m, config.weight_scheme, config.group_size, config.activation, learned_scale),
-        lambda m: FakeQuantizedEmbedding(m, config.embedding_bits or 8, config.embedding_group_size),
+        lambda m, bits: FakeQuantizedEmbedding(m, bits, config.embedding_group_size),
     )
 
 
@@ -170,17 +173,17 @@ def _convert(
     ties: Mapping[str, str],
     keep: Iterable[str],
     convert_linear: Callable[[nn.Linear], nn.Module],
-    convert_embedding: Callable[[nn.Embedding], nn.Module],
+    convert_embedding: Callable[[nn.Embedding, int], nn.Module],
 ) -> nn.Module:
     tied = {name.removesuffix(".weight") for name in (*ties.keys(), *ties.values())}
     linears = [name for name in linears_to_convert(model, config, keep) if name not in tied]
     tables = embeddings_to_convert(model, config)
-    for name in linears + tables:
+    for name in (*linears, *tables):
         _check_convertible(name, model.get_submodule(name), config)
     for name in linears:
         replace(model, name, convert_linear(model.get_submodule(name)))  # type: ignore[arg-type]
-    for name in tables:
-        replace(model, name, convert_embedding(model.get_submodule(name)))  # type: ignore[arg-type]
+    for name, bits in tables.items():
+        replace(model, name, convert_embedding(model.get_submodule(name), bits))  # type: ignore[arg-type]
     return model
 
 

@@ -80,7 +80,8 @@ def read_info(folder: str | Path) -> ModelInfo:
             raise ValueError(f"{missing[0]} is missing in {folder}. Fix: download it again or save the model again")
         # The two tensors of a layer may lie in different shards.
         pairs = {name: (home[name].get_tensor(name), home[f"{name}_scale"].get_tensor(f"{name}_scale")) for name in packed}
-        layers = tuple(_layer(name, weight, scale, config) for name, (weight, scale) in pairs.items())
+        bits = _table_bits([weight for weight, _ in pairs.values()], config)
+        layers = tuple(_layer(name, weight, scale, bits) for name, (weight, scale) in pairs.items())
         rest = sorted(home.keys() - pairs.keys() - {f"{name}_scale" for name in pairs})
         float_tensors = {name: math.prod(home[name].get_slice(name).get_shape()) for name in rest}
     return ModelInfo(config, layers, float_tensors, sum(file.stat().st_size for file in files))
@@ -127,10 +128,22 @@ def _open(path: Path, stack: ExitStack) -> Any:
         raise ValueError(f"{path} is damaged ({error}). Fix: download it again or save the model again") from error
 
 
-def _layer(name: str, weight: Any, scale: Any, config: TernaryConfig) -> Layer:
-    # A ternary weight never holds a field of 0; a table, which uses all its levels, does.
-    bits = config.embedding_bits if config.embedding_bits and packing.has_invalid_ternary(weight) else None
+def _is_table(weight: Any) -> bool:
+    return packing.has_invalid_ternary(weight)  # a ternary weight never holds a field of 0; a table uses all its levels
+
+
+def _table_bits(weights: list[Any], config: TernaryConfig) -> dict[int, int]:
+    """Bits of the tables by the bytes of their rows, which are all equally wide."""
+    if config.embedding_bits is None:
+        return {}
+    sizes = sorted({weight.shape[1] for weight in weights if _is_table(weight)})
+    bits = sorted({config.embedding_bits, config.position_bits or config.embedding_bits})
+    return dict(zip(sizes, bits, strict=True)) if len(sizes) == len(bits) else dict.fromkeys(sizes, config.embedding_bits)
+
+
+def _layer(name: str, weight: Any, scale: Any, table_bits: dict[int, int]) -> Layer:
     rows, size = weight.shape
+    bits = table_bits[size] if table_bits and _is_table(weight) else None
     width = size * 8 // (bits or 2)
     return Layer(
         name=name.removesuffix(".weight"),

@@ -102,10 +102,13 @@ class TernaryHfQuantizer(HfQuantizer):
             return []
         weight, scale = header.get(f"{name}.weight"), header[f"{name}.weight_scale"]
         is_table = isinstance(modules[0], nn.Embedding)
-        bits = self.quantization_config.embedding_bits if is_table else 2
-        if bits is None:
+        config = self.quantization_config
+        choices = [config.embedding_bits, config.position_bits] if is_table else [2]
+        if choices[0] is None:
             raise ValueError(f"{name}.weight is quantized but config.json has embedding_bits null. {_RESAVE}")
         rows, columns, groups = sum(m.weight.shape[0] for m in modules), modules[0].weight.shape[1], scale[1][-1]
+        size = weight[1][-1] if weight else None
+        bits = next((bits for bits in choices if bits and size == packing.packed_size(columns, bits)), choices[0])
         expected = ("U8", (rows, packing.packed_size(columns, bits)))
         if weight != expected:
             raise ValueError(f"{name}.weight is {_describe(weight)} in the file, expected {_describe(expected)}. {_RESAVE}")

@@ -117,11 +117,12 @@ def test_quantize_a_transformers_model_keeps_head_and_tokenizer(run: Run, tmp_pa
 
 
 def test_quantize_passes_every_option_on(tiny_bert: Path, run: Run, tmp_path: Path) -> None:
-    options = "--group-size 16 --weight-scheme absmean --activation none --embedding-bits 8 --embedding-group-size 16"
-    keep = ["--modules-to-not-convert", "layer.0", "--modules-to-not-convert", "pooler", "--base-model", "me/base"]
-    assert run("quantize", tiny_bert, tmp_path / "out", *options.split(), *keep).status == 0
+    options = "--group-size 16 --weight-scheme absmean --activation none --embedding-bits 8 --position-bits 4"
+    keep = ["--modules-to-not-convert", "layer.0", "--modules-to-not-convert", "pooler"]
+    more = ["--embedding-group-size", "16", "--base-model", "me/base"]
+    assert run("quantize", tiny_bert, tmp_path / "out", *options.split(), *keep, *more).status == 0
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert written == hf_ternary.TernaryConfig(16, "absmean", None, 8, 16, ["layer.0", "pooler"]).to_dict()
+    assert written == hf_ternary.TernaryConfig(16, "absmean", None, 8, 4, 16, ["layer.0", "pooler"]).to_dict()
     assert "base_model: me/base\n" in (tmp_path / "out" / "README.md").read_text()
 
 

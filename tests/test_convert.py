@@ -58,15 +58,17 @@ def test_float32_modules_of_the_model_class_stay_by_default(bert):
 
 
 def test_token_and_position_tables_are_quantized_and_small_ones_are_not(bert):
-    assert convert.embeddings_to_convert(bert, TernaryConfig(embedding_bits=None)) == []
-    names = convert.embeddings_to_convert(bert, TernaryConfig(embedding_bits=4))
-    assert names == ["embeddings.word_embeddings", "embeddings.position_embeddings"]
+    assert convert.embeddings_to_convert(bert, TernaryConfig(embedding_bits=None)) == {}
+    tables = {"embeddings.word_embeddings": 4, "embeddings.position_embeddings": 8}
+    assert convert.embeddings_to_convert(bert, TernaryConfig(embedding_bits=4)) == tables
+    only_tokens = {"embeddings.word_embeddings": 4}
+    assert convert.embeddings_to_convert(bert, TernaryConfig(embedding_bits=4, position_bits=None)) == only_tokens
     config = TernaryConfig(embedding_bits=4, modules_to_not_convert=["position_embeddings"])
-    assert convert.embeddings_to_convert(bert, config) == ["embeddings.word_embeddings"]
+    assert convert.embeddings_to_convert(bert, config) == only_tokens
 
 
 def test_model_without_a_token_table_has_none_to_quantize():
-    assert convert.embeddings_to_convert(nn.Sequential(nn.Linear(8, 8)), TernaryConfig(embedding_bits=4)) == []
+    assert convert.embeddings_to_convert(nn.Sequential(nn.Linear(8, 8)), TernaryConfig(embedding_bits=4)) == {}
 
 
 def test_any_module_can_be_converted():

@@ -379,8 +379,8 @@ def test_loading_makes_no_float_copy(packed_folder, tmp_path):
     config = TernaryConfig(embedding_bits=4)
     for name in convert.linears_to_convert(model, config):
         convert.replace(model, name, TernaryLinear.empty_like(model.get_submodule(name), 1, "int8"))
-    for name in convert.embeddings_to_convert(model, config):
-        convert.replace(model, name, QuantizedEmbedding.empty_like(model.get_submodule(name), 4, 1))
+    for name, bits in convert.embeddings_to_convert(model, config).items():
+        convert.replace(model, name, QuantizedEmbedding.empty_like(model.get_submodule(name), bits, 1))
     fill = {torch.uint8: 170, torch.float32: 0.01}  # 170: four codes of zero
     state = {name: torch.full(t.shape, fill[t.dtype], dtype=t.dtype) for name, t in model.state_dict().items()}
     model.config.quantization_config = config

@@ -41,6 +41,7 @@ class DistillArguments(TrainingArguments):
     weight_scheme: str = field(default="optimal", metadata={"help": "see TernaryConfig"})
     activation: str | None = field(default="int8", metadata={"help": "see TernaryConfig"})
     embedding_bits: int | None = field(default=4, metadata={"help": "see TernaryConfig"})
+    position_bits: int | None = field(default=8, metadata={"help": "see TernaryConfig"})
     embedding_group_size: int | None = field(default=None, metadata={"help": "see TernaryConfig"})
     modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "see TernaryConfig"})
 
@@ -123,7 +124,14 @@ class DistillArguments(TrainingArguments):
         """
         options: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("weight_scheme", "activation", "embedding_bits", "embedding_group_size", "modules_to_not_convert")
+            for name in (
+                "weight_scheme",
+                "activation",
+                "embedding_bits",
+                "position_bits",
+                "embedding_group_size",
+                "modules_to_not_convert",
+            )
         }
         size: Any = self.group_size
         return TernaryConfig(group_size=int(size) if isinstance(size, str) and size.isdigit() else size, **options)
