@@ -30,8 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-# Of more texts to calibrate on, this many are drawn.
-CALIBRATION_TEXTS = 1000
 
 out = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width to fold lines at
 err = Console(stderr=True)
@@ -87,11 +85,13 @@ def quantize(
     texts: Annotated[
         str | None, typer.Option(help="Texts (.txt, .jsonl, ...) on which rounding errors are made up for.")
     ] = None,
+    max_texts: Annotated[int, typer.Option(min=1, help="Of more texts, this many are drawn.")] = 1000,
 ) -> None:
     """Turn a model's weights into packed ternary ones, without training.
 
     SRC is any SentenceTransformer, CrossEncoder, SparseEncoder or transformers encoder; pooling and heads are kept. With
-    --texts, for a SentenceTransformer, it takes minutes and the result is far better; a thousand texts are enough.
+    --texts, for a SentenceTransformer, it takes minutes and the result is far better. A thousand texts are enough for
+    all-MiniLM-L6-v2; deeper and wider models want more.
     """
     config = TernaryConfig(
         group_size=_value(group_size),
@@ -115,7 +115,7 @@ def quantize(
         if texts is not None and kind != "SentenceTransformer":
             raise ValueError(f"{src} is no SentenceTransformer ({kind or 'plain transformers'}). Fix: leave out --texts")
     if texts is not None:
-        model = _calibrate(src, texts, config)
+        model = _calibrate(src, texts, max_texts, config)
     else:
         with err.status(f"Ternarizing {src}"):
             model = _load(src, config)
@@ -322,12 +322,12 @@ def _load(model: str, config: TernaryConfig | None = None, device: str | None = 
         return getattr(sentence_transformers, name or "SentenceTransformer")(model, device=device, model_kwargs=options)
 
 
-def _calibrate(src: str, source: str, config: TernaryConfig) -> Any:
+def _calibrate(src: str, source: str, most: int, config: TernaryConfig) -> Any:
     from .distill.calibrate import calibrate
     from .distill.texts import read_texts
 
     texts = read_texts(source)
-    return calibrate(src, random.Random(0).sample(texts, min(len(texts), CALIBRATION_TEXTS)), config)
+    return calibrate(src, random.Random(0).sample(texts, min(len(texts), most)), config)
 
 
 def _processor(src: str, model: "nn.Module") -> Any:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,6 +93,18 @@ def test_quantize_with_texts_calibrates(tiny_sentence_transformer: Path, packed:
     calibrated = hf_ternary.calibrate(str(tiny_sentence_transformer), [s for s in SENTENCES if s], device="cpu")
     np.testing.assert_array_equal(made, calibrated.encode(SENTENCES))
     assert not np.array_equal(made, rounded)
+
+
+def test_quantize_draws_from_many_texts(tiny_sentence_transformer: Path, run: Run, tmp_path: Path) -> None:
+    texts = [f"{word} text" for word in ("one", "two", "three", "four", "five", "six")]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    arguments = "--texts", tmp_path / "texts.txt", "--max-texts", "4"
+    assert run("quantize", tiny_sentence_transformer, tmp_path / "out", *arguments).status == 0
+    made = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(SENTENCES)
+    drawn = random.Random(0).sample(texts, 4)
+    np.testing.assert_array_equal(
+        made, hf_ternary.calibrate(str(tiny_sentence_transformer), drawn, device="cpu").encode(SENTENCES)
+    )
 
 
 def test_quantize_with_texts_needs_a_sentence_transformer(tiny_bert: Path, run: Run, tmp_path: Path) -> None:
