@@ -465,7 +465,7 @@ def test_an_id_out_of_range_is_torchs_error(bert: Any):
 
 
 def test_gradients_come_from_the_modules(bert: Any):
-    bert(**batch([5])).last_hidden_state.sum().backward()
+    bert(**batch([5])).last_hidden_state[..., 0].sum().backward()  # of a whole normalized row the sum is constant
     assert bert.embeddings.LayerNorm.weight.grad.abs().sum() > 0
 
 

@@ -113,8 +113,8 @@ def test_layers_that_add_to_the_residual_stream_are_found(name: str, suffixes: l
 
 
 def test_layers_make_up_for_the_error_of_the_residual_stream(teacher: Path, monkeypatch: pytest.MonkeyPatch):
-    """A token table of 2 bits makes the stream wrong from its start."""
-    model = load_teacher(str(teacher))
+    """Tables of 2 bits make the stream wrong from its start."""
+    model, config = load_teacher(str(teacher)), TernaryConfig(embedding_bits=2, position_bits=2)
     texts = make_texts(800)
     batches = [dict(model.tokenize(texts[i : i + 40])) for i in range(0, 800, 40)]
     batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
@@ -123,7 +123,7 @@ def test_layers_make_up_for_the_error_of_the_residual_stream(teacher: Path, monk
     errors = []
     for order in (in_order, lambda *arguments: (in_order(*arguments)[0], set())):
         monkeypatch.setattr(calibrate_module, "_in_order", order)
-        student, wanted = Encoder(make_student(model, TernaryConfig(embedding_bits=2))), Encoder(model)
+        student, wanted = Encoder(make_student(model, config)), Encoder(model)
         compensate(student, wanted, batches[:-1])
         with torch.no_grad():
             states = [encoder(**batches[-1])["hidden"][-1][mask] for encoder in (student, wanted)]
