@@ -47,6 +47,7 @@ def test_update_sets_known_options_and_checks_them():
         ({"activation": "int4"}, "activation='int4' .* use 'int8' or None"),
         ({"embedding_bits": 3}, "embedding_bits=3 .* use None or 8 or 4 or 2"),
         ({"embedding_bits": 4.0}, "embedding_bits=4.0"),
+        ({"position_bits": 16}, "position_bits=16 .* use None or 8 or 4 or 2"),
         ({"dequantize": 1}, "dequantize=1"),
         ({"modules_to_not_convert": "pooler"}, "modules_to_not_convert='pooler' .* list"),
         ({"modules_to_not_convert": [1]}, r"modules_to_not_convert=\[1\]"),

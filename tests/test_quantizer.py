@@ -162,6 +162,27 @@ def test_dequantize_method(packed_folder):
     assert not any(isinstance(m, (TernaryLinear, QuantizedEmbedding)) for m in model.modules())
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4, 2])
+def test_position_table_has_bits_of_its_own(bits, tmp_path):
+    save_tiny_bert(tmp_path / "float", max_position_embeddings=160)
+    config = TernaryConfig(embedding_bits=4, position_bits=bits)
+    model = AutoModel.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert getattr(model.embeddings.position_embeddings, "bits", None) == bits
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(encode(AutoModel.from_pretrained(tmp_path / "packed")), encode(model))
+
+
+def test_position_table_of_a_folder_from_before_it_had_its_own_bits(tmp_path):
+    save_tiny_bert(tmp_path / "float", max_position_embeddings=160)
+    config = TernaryConfig(embedding_bits=4, position_bits=4)
+    model = AutoModel.from_pretrained(tmp_path / "float", quantization_config=config)
+    model.save_pretrained(tmp_path / "packed")
+    written = json.loads((tmp_path / "packed" / "config.json").read_text())
+    del written["quantization_config"]["position_bits"]
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(written))
+    assert torch.equal(encode(AutoModel.from_pretrained(tmp_path / "packed")), encode(model))
+
+
 def test_base_and_head_classes_read_each_others_checkpoints(tmp_path):
     """The files decide what is packed, not the model class; names gain or lose the base model's prefix."""
     save_tiny_bert(tmp_path / "mlm", "BertForMaskedLM", max_position_embeddings=160)
