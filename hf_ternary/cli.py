@@ -90,8 +90,7 @@ def quantize(
     """Turn a model's weights into packed ternary ones, without training.
 
     SRC is any SentenceTransformer, CrossEncoder, SparseEncoder or transformers encoder; pooling and heads are kept. With
-    --texts, for a SentenceTransformer, it takes minutes and the result is far better. A thousand texts are enough for
-    all-MiniLM-L6-v2; deeper and wider models want more.
+    --texts, for a SentenceTransformer, it takes minutes and the result is far better; deep and wide models want more texts.
     """
     config = TernaryConfig(
         group_size=_value(group_size),

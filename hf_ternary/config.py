@@ -30,8 +30,8 @@ class TernaryConfig:
         activation: ``"int8"`` quantizes the input of every ternary layer per token; ``None`` keeps it in floating point.
         embedding_bits: bits of the token table: 8, 4, 2, or ``None`` for float, as all tables are then. Models without a
             token table (vision) have nothing to quantize there.
-        position_bits: bits of the position table beside it: 8, 4, 2, or ``None`` for float. It is small, part of every
-            token, and has outliers: at 4 bits all-mpnet-base-v2 loses more to it than to its token table.
+        position_bits: bits of the position table beside it, which is small and part of every token: 8, 4, 2, or ``None`` for
+            float.
         embedding_group_size: columns of an embedding row that share a scale; ``None`` is the whole row.
         modules_to_not_convert: modules that stay in floating point, as dotted names (``"encoder.layer.0"``), parts of them
             (``"query"``) or patterns (``"*.output.dense"``). ``None``, the default, keeps every Linear outside the

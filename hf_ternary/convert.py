@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import nn
@@ -181,9 +182,9 @@ def _convert(
     for name in (*linears, *tables):
         _check_convertible(name, model.get_submodule(name), config)
     for name in linears:
-        replace(model, name, convert_linear(model.get_submodule(name)))  # type: ignore[arg-type]
+        replace(model, name, convert_linear(cast(nn.Linear, model.get_submodule(name))))
     for name, bits in tables.items():
-        replace(model, name, convert_embedding(model.get_submodule(name), bits))  # type: ignore[arg-type]
+        replace(model, name, convert_embedding(cast(nn.Embedding, model.get_submodule(name)), bits))
     return model
 
 

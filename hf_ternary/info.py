@@ -143,7 +143,7 @@ def _table_bits(weights: list[Any], config: TernaryConfig) -> dict[int, int]:
 
 def _layer(name: str, weight: Any, scale: Any, table_bits: dict[int, int]) -> Layer:
     rows, size = weight.shape
-    bits = table_bits[size] if table_bits and _is_table(weight) else None
+    bits = table_bits.get(size) if _is_table(weight) else None
     width = size * 8 // (bits or 2)
     return Layer(
         name=name.removesuffix(".weight"),

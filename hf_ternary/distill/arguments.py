@@ -1,6 +1,6 @@
 """Every option of a distillation: those of transformers' trainer, and ours."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -122,16 +122,8 @@ class DistillArguments(TrainingArguments):
         Raises:
             ValueError: a value that :class:`TernaryConfig` does not allow.
         """
-        options: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (
-                "weight_scheme",
-                "activation",
-                "embedding_bits",
-                "position_bits",
-                "embedding_group_size",
-                "modules_to_not_convert",
-            )
-        }
-        size: Any = self.group_size
-        return TernaryConfig(group_size=int(size) if isinstance(size, str) and size.isdigit() else size, **options)
+        names = [field.name for field in fields(TernaryConfig) if hasattr(self, field.name)]
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if isinstance(self.group_size, str) and self.group_size.isdigit():
+            options["group_size"] = int(self.group_size)
+        return TernaryConfig(**options)

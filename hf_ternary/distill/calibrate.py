@@ -29,7 +29,7 @@ from .data import by_length
 from .student import Encoder, load_teacher, make_student, pack_student, ternary_layers
 from .texts import Collator, TokenizedTexts
 
-# Added to the diagonal of the Hessian, as a share of its mean. GPTQ's 0.01 is too little for a few hundred texts.
+# Added to the diagonal of the Hessian, as a share of its mean: GPTQ's default times twenty, as few texts are enough then.
 DAMPING = 0.2
 
 # Scales that are tried for every row, as multiples of the least-squares scale.
@@ -52,8 +52,8 @@ def calibrate(
 
     Args:
         model: full-precision sentence-transformers or transformers encoder (which gets mean pooling), a Hub id or folder.
-        texts: of the kind that it will embed. More are better and take longer: a thousand are enough for all-MiniLM-L6-v2,
-            while all-mpnet-base-v2, deeper and wider, is fitted to a thousand too closely to be of use on others.
+        texts: of the kind that it will embed. More are better and take longer; with too few for its depth and width the
+            model is fitted to them, not to others. Compare on texts that are not among them.
         config: what to make.
         device: where to compute [the best there is].
 
