@@ -17,6 +17,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "recipes/README.md")
+ENCODER = ("", "query, ms", "sentences/s", "passages/s", "start, s", "memory, MB", "file, MB", "cosine")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -48,8 +49,13 @@ def setting(result: dict[str, Any]) -> str:
 def summary() -> str:
     """Size and quality of the published model beside its teacher, and its speed beside int8."""
     student = results("eval-all-MiniLM-L6-v2-ternary")
+    sizes = results("eval-all-MiniLM-L6-v2")["weights"]["bytes"], student["weights"]["bytes"]
     kinds = student["summary"]
-    rows = kept(student, "all-MiniLM-L6-v2, float32", "ternary, distilled")
+    rows = [
+        ["all-MiniLM-L6-v2, float32", f"{sizes[0] / 1e6:.1f} MB", *(f"{100 * k['baseline']:.1f}" for k in kinds.values())],
+        ["ternary, distilled", f"{sizes[1] / 1e6:.1f} MB", *(f"{100 * k['score']:.1f}" for k in kinds.values())],
+        ["kept", f"{sizes[1] / sizes[0]:.3f}x", *(f"{100 * k['retention']:.1f} %" for k in kinds.values())],
+    ]
     calibrated, rounded = (results(f"eval-all-MiniLM-L6-v2-{kind}") for kind in ("calibrated", "rounded"))
     for title, untrained in (("ternary, calibrated only", calibrated), ("ternary, rounded only", rounded)):
         scores = (f"{100 * k['score']:.1f}" for k in untrained["summary"].values())
@@ -59,21 +65,12 @@ def summary() -> str:
     gains = [min(c["times_slower"][name]["median"] for c in others) for name in ("query", "short", "passage")]
     note = (
         f"Mean score of {kinds['all']['tasks']} tasks by MTEB's protocols; calibrated on "
-        f"{calibrated['calibration']['texts']:,} texts, without training. {setting(student)}. On {run['threads']} threads "
-        f"one query takes {ours['milliseconds']['query']['median']:.2f} ms: {gains[0]:.1f} times as fast as the best int8 "
-        f"of ONNX Runtime, OpenVINO and CTranslate2; {gains[1]:.1f} times on short sentences, {gains[2]:.1f} on passages."
+        f"{calibrated['calibration']['texts']:,} texts, without training; all with "
+        f"`{calibrated['calibration']['config']}`. {setting(student)}. On {run['threads']} threads one query takes "
+        f"{ours['milliseconds']['query']['median']:.2f} ms: {gains[0]:.1f} times as fast as the best int8 of ONNX "
+        f"Runtime, OpenVINO and CTranslate2; {gains[1]:.1f} times on short sentences, {gains[2]:.1f} on passages."
     )
     return markdown(["", "weights", *(f"{name} ({k['tasks']})" for name, k in kinds.items())], rows, note)
-
-
-def kept(student: dict[str, Any], teacher_title: str, title: str) -> list[list[str]]:
-    """Three rows: size and mean scores of a teacher, of its student, and the student's share of each."""
-    sizes, kinds = [student[key]["bytes"] for key in ("baseline_weights", "weights")], student["summary"].values()
-    return [
-        [teacher_title, f"{sizes[0] / 1e6:.1f} MB", *(f"{100 * kind['baseline']:.1f}" for kind in kinds)],
-        [title, f"{sizes[1] / 1e6:.1f} MB", *(f"{100 * kind['score']:.1f}" for kind in kinds)],
-        ["kept", f"{sizes[1] / sizes[0]:.3f}x", *(f"{100 * kind['retention']:.1f} %" for kind in kinds)],
-    ]
 
 
 def kernels() -> str:
@@ -113,7 +110,7 @@ def encoder() -> str:
     kept = published["summary"]["all"]
     other = " These weights are of an earlier training." if result.get("weights") != published["weights"] else ""
     lengths = [f"{workload['tokens'] / workload['texts']:.0f}" for workload in work.values()]
-    shares = [f"{100 * rate / run['peak_gmacs']:.0f} %" for rate in run["gmacs"].values()]
+    shares = of_the_limit(run)
     times = [run["gmacs"][name] / alone["gmacs"][name] for name in work]
     note = (
         f"One query, {work['short']['texts']:,} sentences, {work['passage']['texts']} passages, of {', '.join(lengths[:2])} "
@@ -125,23 +122,27 @@ def encoder() -> str:
         f"vpdpbusd can do in the time of the whole call. {run['threads']} threads, {times[0]:.2f}, {times[1]:.2f} and "
         f"{times[2]:.2f} times as fast as {alone['threads']}; {setting(result)}."
     )
-    header = ["", "query, ms", "sentences/s", "passages/s", "start, s", "memory, MB", "file, MB", "cosine"]
-    return markdown(header, contenders(run, work), note)
+    return markdown(ENCODER, contenders(run, work), note)
+
+
+def of_the_limit(run: dict[str, Any]) -> list[str]:
+    """Shares of the chip's int8 multiply-adds that the linear layers reach, one a workload."""
+    return [f"{100 * rate / run['peak_gmacs']:.0f} %" for rate in run["gmacs"].values()]
 
 
 def mpnet_encoder() -> str:
     """The same for all-mpnet-base-v2: speed only, its weights are not trained."""
     result = results("encoder-all-mpnet-base-v2")
     run, work = max(result["runs"], key=lambda run: run["threads"]), result["workloads"]
-    shares = [f"{100 * rate / run['peak_gmacs']:.0f} %" for rate in run["gmacs"].values()]
+    shares = of_the_limit(run)
+    spread = max(times["spread"] for each in run["contenders"] for times in each["milliseconds"].values())
     note = (
-        f"The columns as above, {result['rounds']} turns, {result['starts']} starts; the machine was shared, so the ratios "
-        "count. The weights are not distilled: this is about speed, which depends on shapes alone. Linear layers: "
+        f"The columns as above, {result['rounds']} turns that differ by up to {100 * spread:.0f} %, {result['starts']} "
+        "starts. The weights are not distilled: this is about speed, which depends on shapes alone. Linear layers: "
         f"{', '.join(shares[:2])} and {shares[2]} of the multiply-adds that vpdpbusd can do in the time of the whole call. "
         f"{run['threads']} threads, {setting(result)}."
     )
-    header = ["", "query, ms", "sentences/s", "passages/s", "start, s", "memory, MB", "file, MB"]
-    return markdown(header, (row[:-1] for row in contenders(run, work)), note)
+    return markdown(ENCODER[:-1], (row[:-1] for row in contenders(run, work)), note)
 
 
 def contenders(run: dict[str, Any], work: dict[str, Any]) -> list[list[str]]:
