@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.util import pairwise_cos_sim
 from transformers import BertForMaskedLM
 
 import hf_ternary
@@ -88,23 +89,33 @@ def test_quantize_a_sentence_transformer(tiny_sentence_transformer: Path, packed
 
 def test_quantize_with_texts_calibrates(tiny_sentence_transformer: Path, packed: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
-    assert run("quantize", tiny_sentence_transformer, tmp_path / "out", "--texts", tmp_path / "texts.txt").status == 0
+    result = run("quantize", tiny_sentence_transformer, tmp_path / "out", "--texts", tmp_path / "texts.txt")
+    assert result.status == 0
+    assert "set aside" not in result.out  # too few for that
     made, rounded = (SentenceTransformer(str(path), device="cpu").encode(SENTENCES) for path in (tmp_path / "out", packed))
-    calibrated = hf_ternary.calibrate(str(tiny_sentence_transformer), [s for s in SENTENCES if s], device="cpu")
+    texts = [s for s in SENTENCES if s]
+    random.Random(0).shuffle(texts)
+    calibrated = hf_ternary.calibrate(str(tiny_sentence_transformer), texts, device="cpu")
     np.testing.assert_array_equal(made, calibrated.encode(SENTENCES))
     assert not np.array_equal(made, rounded)
 
 
-def test_quantize_draws_from_many_texts(tiny_sentence_transformer: Path, run: Run, tmp_path: Path) -> None:
-    texts = [f"{word} text" for word in ("one", "two", "three", "four", "five", "six")]
+def test_quantize_draws_from_many_texts_and_tells_how_close_it_came(
+    tiny_sentence_transformer: Path, run: Run, tmp_path: Path
+) -> None:
+    texts = [f"{word} text {number}" for word in ("one", "two", "three") for number in range(10)]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     arguments = "--texts", tmp_path / "texts.txt", "--max-texts", "4"
-    assert run("quantize", tiny_sentence_transformer, tmp_path / "out", *arguments).status == 0
-    made = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(SENTENCES)
-    drawn = random.Random(0).sample(texts, 4)
-    np.testing.assert_array_equal(
-        made, hf_ternary.calibrate(str(tiny_sentence_transformer), drawn, device="cpu").encode(SENTENCES)
-    )
+    result = run("quantize", tiny_sentence_transformer, tmp_path / "out", *arguments)
+    assert result.status == 0
+    random.Random(0).shuffle(texts)
+    aside, seen = texts[:3], texts[3:7]
+    made = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    calibrated = hf_ternary.calibrate(str(tiny_sentence_transformer), seen, device="cpu")
+    np.testing.assert_array_equal(made.encode(SENTENCES), calibrated.encode(SENTENCES))
+    original = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
+    cosine = pairwise_cos_sim(made.encode(aside), original.encode(aside)).mean()
+    assert f"on 3 texts that were set aside: {cosine:.3f}" in result.out
 
 
 def test_quantize_with_texts_needs_a_sentence_transformer(tiny_bert: Path, run: Run, tmp_path: Path) -> None:
