@@ -150,7 +150,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` at the dotted ``name``, in the old one's training mode, and keep transformers from initialising it."""
     module.train(model.get_submodule(name).training)
-    module._is_hf_initialized = True  # type: ignore[assignment]  # else it calls normal_() on packed bytes
+    vars(module)["_is_hf_initialized"] = True  # else it calls normal_() on packed bytes
     model.set_submodule(name, module)
 
 

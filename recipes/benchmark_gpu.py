@@ -282,7 +282,7 @@ def layer_contenders(in_features: int, out_features: int, rows: int, device: str
         "int8 product alone": lambda: torch._int_mm(tokens, codes.t()),
     }
     wrap = graphed if device != "cpu" else lambda call: call
-    return {name: lambda call=call: wrap(call) for name, call in calls.items()}  # type: ignore[misc]
+    return {name: partial(wrap, call) for name, call in calls.items()}
 
 
 def encoder_contenders(name: str, batch: int, tokens: int, device: str) -> dict[str, Callable[[], Call]]:
@@ -307,10 +307,17 @@ def encoder_contenders(name: str, batch: int, tokens: int, device: str) -> dict[
         makers["ternary modules"] = lambda: partial(by_modules, here["ternary"], ids)
     if device == "cpu":
         return makers
+
+    def graph(variant: str) -> Call:
+        return graphed(forward(variant))
+
+    def compiled_graph(variant: str) -> Call:
+        return graphed(compiled(here[variant], ids))
+
     for variant in ("bfloat16", "ternary"):
-        makers[f"{variant} graph"] = lambda variant=variant: graphed(forward(variant))  # type: ignore[misc]
+        makers[f"{variant} graph"] = partial(graph, variant)
     for variant in sorted({"bfloat16", "ternary", "int8 torchao"} & here.keys()):
-        makers[f"{variant} compiled"] = lambda variant=variant: graphed(compiled(here[variant], ids))  # type: ignore[misc]
+        makers[f"{variant} compiled"] = partial(compiled_graph, variant)
     return makers
 
 

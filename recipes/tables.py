@@ -221,6 +221,11 @@ def rates() -> str:
     return _runs("rate")
 
 
+def losses() -> str:
+    """One row a loss, all from one compensated start, with what is kept of the teacher's score on two tasks."""
+    return _runs("loss")
+
+
 def _runs(kind: str) -> str:
     runs = {path.stem: results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob(f"{kind}-*.json"))}
     rows = [
@@ -228,13 +233,15 @@ def _runs(kind: str) -> str:
             run["ablation"],
             f"{run['curve'][0]['eval_cosine']:.3f}",
             f"{run['fidelity']['eval_cosine']:.3f}",
+            *(f"{100 * score['retention']:.1f} %" for score in run.get("scores", [])),
             f"[json](results/{name}.json)",
         ]
         for name, run in sorted(runs.items(), key=lambda item: item[1]["fidelity"]["eval_cosine"])
     ]
     run = next(iter(runs.values()))
     note = f"{run['steps']} steps, {run['tokens']:,} tokens, seed {run['seed']}, {setting(run)}."
-    return markdown(["run", "cosine at the start", "cosine at the end", ""], rows, note)
+    tasks = [f"{score['task']}, {score['metric']} kept" for score in run.get("scores", [])]
+    return markdown(["run", "cosine at the start", "cosine at the end", *tasks, ""], rows, note)
 
 
 def distill_step() -> str:
@@ -358,6 +365,7 @@ TABLES: dict[str, Callable[[], str]] = {
         images,
         ablation,
         rates,
+        losses,
         distill_step,
         profile,
         functions,
