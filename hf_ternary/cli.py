@@ -106,7 +106,7 @@ def quantize(
         modules_to_not_convert=modules_to_not_convert or None,
     )
     with err.status(f"Reading {src}"):
-        from .hub import save_pretrained
+        from .hub import check_target, save_pretrained
         from .info import is_ternary, library_class, read_info
 
         folder = _files(src, ["*.json"])
@@ -114,6 +114,7 @@ def quantize(
             raise ValueError(f"{src} is ternary already. Fix: give a full-precision model")
         if folder.resolve() == dst.expanduser().resolve():
             raise ValueError(f"{dst} is the model to quantize. Fix: give another folder as DST")
+        check_target(dst)
         kind = library_class(folder)
         if texts is not None and kind != "SentenceTransformer":
             raise ValueError(f"{src} is no SentenceTransformer ({kind or 'plain transformers'}). Fix: leave out --texts")

@@ -60,8 +60,7 @@ def save_pretrained(
         OSError: writing failed, as on a full disk.
     """
     _check_model(model)
-    target = Path(path).expanduser().resolve()
-    _check_target(target)
+    target = check_target(path)
     with _replacing(target) as folder:
         try:
             _write(model, folder, tokenizer)
@@ -143,8 +142,13 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_target(target: Path) -> None:
-    """Refuse every ``target`` that cannot be replaced without losing something that is no model."""
+def check_target(path: str | Path) -> Path:
+    """The absolute ``path``, if a model can be saved there; call it before hours of work that end in saving.
+
+    Raises:
+        ValueError: a file, a folder above the working directory, or one that holds something that is no model.
+    """
+    target = Path(path).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file. Fix: give a folder")
     if Path.cwd().is_relative_to(target):
@@ -158,6 +162,7 @@ def _check_target(target: Path) -> None:
             f"{target} also holds {foreign[0]!r}, which replacing the model would delete. Fix: move it, or choose "
             "another folder"
         )
+    return target
 
 
 @contextmanager

@@ -169,6 +169,15 @@ def test_quantize_names_a_bad_option(option: str, value: str, tiny_bert: Path, r
     assert os.listdir(tmp_path) == []
 
 
+def test_quantize_looks_at_the_destination_first(
+    tiny_sentence_transformer: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_ternary.distill.calibrate.calibrate", None)  # minutes of work: not to be reached
+    (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
+    result = run("quantize", tiny_sentence_transformer, tmp_path, "--texts", tmp_path / "texts.txt")
+    assert_is_one_line_error(result, tmp_path, "holds no model", "Fix")
+
+
 def test_quantize_refuses_what_cannot_be_right(tiny_bert: Path, packed: Path, run: Run, tmp_path: Path) -> None:
     assert_is_one_line_error(run("quantize", packed, tmp_path / "out"), packed, "ternary already", "Fix")
     assert_is_one_line_error(run("quantize", tiny_bert, tiny_bert), tiny_bert, "Fix")

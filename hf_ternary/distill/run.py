@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments, set_seed
 
 from ..evaluation.results import provenance, write_json
-from ..hub import save_pretrained
+from ..hub import check_target, save_pretrained
 from .arguments import DistillArguments
 from .calibrate import compensate
 from .data import Corpus
@@ -65,6 +65,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
     set_seed(args.seed)
     started = time.perf_counter()
     output = Path(args.output_dir or "runs/distill")
+    check_target(output / "model")
     checkpoint = args.resume_from_checkpoint or last_checkpoint(output)
     teacher = load_teacher(args.teacher, args.max_length, "image" if args.images else "text")
     corpus = corpus or _read(args)

@@ -212,3 +212,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
 def test_options_that_are_not_allowed(options: Options, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         distill(DistillArguments(**options(**changes)))
+
+
+def test_a_place_that_the_model_cannot_be_saved_to_costs_no_training(options: Options):
+    run = options()
+    (Path(run["output_dir"]) / "model").mkdir(parents=True)
+    (Path(run["output_dir"]) / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"model is not empty and holds no model\. Fix"):
+        distill(DistillArguments(**run))
+    assert not list(Path(run["output_dir"]).glob("checkpoint-*"))
+    assert not (Path(run["output_dir"]) / "log.jsonl").exists()
