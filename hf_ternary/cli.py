@@ -342,11 +342,11 @@ def _calibrate(src: str, source: str, most: int, config: TernaryConfig) -> tuple
     return calibrate(src, texts[aside:][:most], config), texts[:aside]
 
 
-def _agreement(model: Any, src: str, texts: list[str]) -> float:
-    from sentence_transformers.util import pairwise_cos_sim
+def _agreement(model: Any, src: str, texts: list[str]) -> float | None:
+    from .evaluation.fidelity import fidelity
 
     original: Any = _load(src)
-    return float(pairwise_cos_sim(model.encode(texts), original.encode(texts)).mean())
+    return fidelity(model.encode(texts), original.encode(texts))["cosine"]
 
 
 def _processor(src: str, model: "nn.Module") -> Any:

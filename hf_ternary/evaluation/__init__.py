@@ -7,5 +7,6 @@
 - `report`: runs the tasks, compares with the baseline, prints the table
 - `results`: provenance of a measurement, for every results JSON of the project
 
-`files` and `results` are free of heavy imports; the others need `pip install "hf_ternary[eval]"`.
+`files` and `results` are free of heavy imports; `fidelity` needs what sentence-transformers brings, the others
+`pip install "hf_ternary[eval]"`.
 """
