@@ -117,6 +117,18 @@ def test_a_finished_run_can_be_finished_again_and_an_early_end_is_a_step(options
     assert not all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
 
 
+def test_a_finished_run_goes_on_with_more_steps(options: Options):
+    run = options(max_steps=5, logging_steps=1)
+    distill(DistillArguments(**run))
+    distill(DistillArguments(**{**run, "max_steps": 10}))
+    rates = {entry["step"]: entry["learning_rate"] for entry in log(run) if "loss" in entry}
+    assert list(rates) == list(range(1, 11))
+    assert rates[6] == 0  # where the first schedule ended; then the schedule of ten steps, from its middle
+    assert rates[7] > rates[5]
+    summary = json.loads((Path(run["output_dir"]) / "summary.json").read_text())
+    assert (summary["steps"], summary["options"]["max_steps"]) == (10, 10)
+
+
 def test_two_processes_equal_one_with_the_same_whole_batch(options: Options, tmp_path: Path):
     """To 1e-5 of a weight: sums are added in another order. Plain SGD, as Adam would blow up rounding in tiny gradients."""
     changes = {
