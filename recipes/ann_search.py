@@ -5,7 +5,8 @@
 CORPUS is a folder in BEIR's layout or an MTEB retrieval task (labels: nDCG and precision), or any texts that `distill.py`
 reads: a file, a folder, a `datasets` id (no labels: some of its texts become the queries). Recall is against exact search of
 the same model. Queries are embedded and searched one at a time. One thread is timed by its CPU time, in which other programs
-do not count; several threads by the clock on the wall.
+do not count; several threads by the clock on the wall. Last, the student's queries in the teacher's index: an index that is
+there already need not be made anew.
 """
 
 import hashlib
@@ -76,6 +77,18 @@ class Collection:
         return hashlib.sha256(json.dumps([self.documents, self.queries]).encode()).hexdigest()
 
 
+@dataclass
+class Embedded:
+    """A collection as one model embeds it: vectors of length 1, and what they cost."""
+
+    model: str
+    weights: dict[str, Any]
+    documents: Vectors
+    encode: dict[str, Any]
+    queries: Vectors
+    query_ms: float
+
+
 @app.command(help=(__doc__ or "").split("\n\n")[0])
 def main(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder of a SentenceTransformer")],
@@ -97,6 +110,7 @@ def main(
     clock = time.process_time if threads == 1 else time.perf_counter
     try:
         collection = read_collection(corpus, split, queries, documents, seed)
+        both = [embed(model, collection, batch_size, cache, clock) for model in (teacher, student)]
         report = {
             "corpus": collection.name,
             "sha256": collection.fingerprint(),
@@ -104,7 +118,8 @@ def main(
             "queries": len(collection.queries),
             "batch_size": batch_size,
             "clock": "CPU time" if threads == 1 else "wall time",
-            "models": [measure(m, collection, index or INDEXES, batch_size, cache, clock) for m in (teacher, student)],
+            "models": [measure(each, each, index or INDEXES, collection, clock) for each in both],
+            "student_in_teacher_index": measure(*both, ["Flat"], collection, clock),
             **provenance(seed, (*PACKAGES, "faiss-cpu", "pytrec-eval-terrier")),
             "load": _load(),
         }
@@ -150,35 +165,48 @@ def _draw_collection(name: str, texts: Sequence[str], queries: int, documents: i
     return Collection(name, {i: drawn[i] for i in ids[queries:]}, {i: drawn[i] for i in ids[:queries]})
 
 
-def measure(
-    name: str,
-    collection: Collection,
-    indexes: Iterable[str],
-    batch_size: int,
-    cache: Path | None,
-    clock: Clock,
-) -> dict[str, Any]:
-    """Everything about one model: its size, what embedding costs, and a record for every index and setting."""
+def embed(name: str, collection: Collection, batch_size: int, cache: Path | None, clock: Clock) -> Embedded:
+    """Documents and queries by one model."""
     model, stored = SentenceTransformer(name, device="cpu"), weights(name)
     if not stored:
         raise ValueError(f"{name} has no safetensors file to weigh; save it with save_pretrained")
     vectors, encode = embed_corpus(model, stored, collection, batch_size, cache, clock)
     asked, query_ms = embed_queries(model, list(collection.queries.values()), clock)
+    short = Path(name).absolute().name if Path(name).is_dir() else name
+    return Embedded(short, stored, vectors, encode, asked, query_ms)
+
+
+def measure(
+    indexed: Embedded, asking: Embedded, indexes: Iterable[str], collection: Collection, clock: Clock
+) -> dict[str, Any]:
+    """The documents of one model, the queries of the same or another: a record for every index and setting.
+
+    Raises:
+        ValueError: embeddings of different lengths, or an index that faiss cannot build.
+    """
+    vectors, asked = indexed.documents, asking.queries
+    if vectors.shape[1] != asked.shape[1]:
+        raise ValueError(
+            f"{indexed.model} gives {vectors.shape[1]} dimensions and {asking.model} {asked.shape[1]}: it is not its student"
+        )
     exact = _exact(vectors, asked)
     points = []
-    for factory in track([_factory(i, vectors) for i in indexes], f"Searching {Path(name).name}"):
+    for factory in track([_factory(i, vectors) for i in indexes], f"Searching {asking.model}"):
         try:
             points += _measure_index(factory, vectors, asked, exact, collection, clock)
         except RuntimeError as error:  # how faiss reports what it cannot do
             raise ValueError(f"faiss cannot build index {factory!r} on {len(vectors)} vectors: {error}") from error
     for point in points:
-        point |= {"total_ms": query_ms + point["search_ms"], "total_bytes": stored["bytes"] + point["index_bytes"]}
+        point |= {
+            "total_ms": asking.query_ms + point["search_ms"],
+            "total_bytes": asking.weights["bytes"] + point["index_bytes"],
+        }
     return {
-        "model": Path(name).absolute().name if Path(name).is_dir() else name,
-        "weights": stored,
+        "model": asking.model,
+        "weights": asking.weights,
         "dimensions": vectors.shape[1],
-        "encode": encode,
-        "query_ms": query_ms,
+        "encode": indexed.encode,
+        "query_ms": asking.query_ms,
         "indexes": points,
     }
 
@@ -323,7 +351,7 @@ def _load() -> float:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Every index of both models."""
+    """Every index of both models, and the student's queries in the teacher's."""
     labelled = "ndcg_at_10" in report["models"][0]["indexes"][0]
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "recall@10": lambda p: f"{p['recall_at_10']:.3f}",
@@ -347,6 +375,11 @@ def table(report: dict[str, Any]) -> Table:
         )
         for point in model["indexes"]:
             shown.add_row(f"{point['index']} {point['setting']}", *(show(point) for show in columns.values()))
+    mixed = report["student_in_teacher_index"]
+    shown.add_section()
+    shown.add_row(f"[bold]{mixed['model']}[/]'s queries, {report['models'][0]['model']}'s index")
+    for point in mixed["indexes"]:
+        shown.add_row(f"{point['index']} {point['setting']}", *(show(point) for show in columns.values()))
     return shown
 
 

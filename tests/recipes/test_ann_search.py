@@ -1,6 +1,7 @@
 """The search recipe: what it measures is what faiss and trec_eval say, for a teacher and its ternary student in one run."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ def test_a_labelled_corpus(tiny_sentence_transformer: Path, student: Path, beir:
         assert probes == sorted(probes)
         (bits,) = (point for point in model["indexes"] if point["index"] == "LSH")
         assert bits["index_bytes"] < flat["index_bytes"] / 5  # 32 bits instead of 32 floats, and a header
+    mixed = report["student_in_teacher_index"]
+    assert (mixed["weights"], mixed["encode"]) == (ternary["weights"], teacher["encode"])
+    (point,) = mixed["indexes"]
+    assert (point["index"], point["recall_at_10"]) == ("Flat", 1)
+    assert 0.5 < point["ndcg_at_10"] <= 1  # the same texts, but embedded by two models
+    assert point["total_bytes"] == ternary["weights"]["bytes"] + point["index_bytes"]
 
 
 def test_the_cache_keeps_what_embedding_cost(
@@ -129,6 +136,17 @@ def test_errors_are_one_line(
 def test_too_few_texts(tiny_sentence_transformer: Path, student: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
     assert "holds 2 texts, but 1010 are asked for" in run(tiny_sentence_transformer, student, tmp_path / "texts.txt", code=2)
+
+
+def test_a_student_of_another_width_cannot_search_the_teachers_index() -> None:
+    rng = np.random.default_rng(0)
+    wide, narrow = (
+        ann_search.Embedded(f"of {n}", {}, rng.random((20, n), np.float32), {}, rng.random((2, n), np.float32), 1.0)
+        for n in (8, 4)
+    )
+    collection = ann_search.Collection("texts", {str(i): "" for i in range(20)}, {"a": "", "b": ""})
+    with pytest.raises(ValueError, match="of 8 gives 8 dimensions and of 4 4: it is not its student"):
+        ann_search.measure(wide, narrow, ["Flat"], collection, time.perf_counter)
 
 
 def test_a_model_with_nan_is_refused() -> None:
