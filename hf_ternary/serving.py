@@ -58,9 +58,12 @@ class Encoder:
         self.threads = threads or len(
             os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         )
-        transformer, self._pooling, self._normalize = _modules(folder)
+        transformer, self._pooling, self._dense, self._normalize = _modules(folder)
         config = read_json(transformer / "config.json")
         self._native = _native_encoder(transformer, config)
+        widths = [self._native.hidden, *(dense.dimension for dense in self._dense)]
+        if widths[:-1] != [dense.inputs for dense in self._dense]:
+            raise ValueError(f"{folder}: a Dense module reads another width than the module before it gives. {_RESAVE}")
         self._tokenizer, self.max_seq_length = _tokenizer(transformer, config)
         options = read_json(folder / "config_sentence_transformers.json")
         self.prompts: dict[str, str] = options.get("prompts") or {}
@@ -69,7 +72,7 @@ class Encoder:
     @property
     def dimension(self) -> int:
         """Numbers of an embedding."""
-        return self._native.hidden
+        return self._dense[-1].dimension if self._dense else self._native.hidden
 
     def encode(
         self,
@@ -100,11 +103,16 @@ class Encoder:
         prefix = self._prompt(prompt, prompt_name)
         if prefix:
             many = [prefix + text for text in many]
+        normalize = self._normalize if normalize is None else normalize
         y = np.empty((len(many), self.dimension), np.float32)
         done = 0
         for ids in self._tokenize(many):
-            normalized = self._normalize if normalize is None else normalize
-            y[done : done + len(ids)] = self._native.embeddings(ids, self._pooling, normalized, self.threads)
+            rows = self._native.embeddings(ids, self._pooling, normalize and not self._dense, self.threads)
+            for dense in self._dense:
+                rows = dense(rows)
+            if normalize and self._dense:
+                rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+            y[done : done + len(ids)] = rows
             done += len(ids)
         if not np.isfinite(y).all():
             raise ValueError(f"an embedding is not finite: the model holds numbers that are too large. {_RESAVE}")
@@ -138,19 +146,49 @@ class Encoder:
                 yield rows
 
 
-def _modules(folder: Path) -> tuple[Path, str, bool]:
-    """The transformer's folder, the pooling and whether embeddings are normalized, from modules.json."""
+class _Dense:
+    """sentence-transformers' module of that name: a matrix, a bias and an activation function, all in float32."""
+
+    def __init__(self, folder: Path) -> None:
+        options = read_json(folder / "config.json")
+        name = str(options.get("activation_function", "Tanh")).rpartition(".")[2]
+        places = {options.get(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")}
+        if name not in ("Identity", "Tanh") or places != {"sentence_embedding"} or options.get("use_residual"):
+            raise UnsupportedError(
+                f"{folder} is no Dense module that hf_ternary.load knows: Identity or Tanh, of the embedding alone. "
+                "Fix: use SentenceTransformer"
+            )
+        self._tanh = name == "Tanh"
+        arrays = _read(folder)
+        weight = arrays.get("linear.weight", np.empty(0))
+        bias = arrays.get("linear.bias", np.zeros(len(weight)))
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            raise ValueError(f"{folder} holds a weight {list(weight.shape)} and a bias {list(bias.shape)}. {_RESAVE}")
+        self._weight, self._bias = weight.astype(np.float32), bias.astype(np.float32)
+        self.dimension, self.inputs = weight.shape
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Row by row: a product of all rows at once would give a row other bits in another batch."""
+        y = np.stack([np.einsum("oi,i->o", self._weight, row) for row in x]) + self._bias
+        return np.tanh(y) if self._tanh else y
+
+
+def _modules(folder: Path) -> tuple[Path, str, list[_Dense], bool]:
+    """From modules.json: the transformer's folder, the pooling, the Dense modules, and whether embeddings are normalized."""
     try:
         modules = [(m["type"].rpartition(".")[2], folder / m["path"]) for m in read_json(folder / "modules.json", [])]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'modules.json'} is damaged ({error!r}). {_RESAVE}") from error
     kinds = [kind for kind, _ in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+    normalize = kinds[-1:] == ["Normalize"]
+    dense = modules[2 : len(modules) - normalize]
+    if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind, _ in dense):
         raise UnsupportedError(
             f"{folder} consists of {', '.join(kinds) or 'no sentence-transformers modules'}; hf_ternary.load runs "
-            "Transformer, Pooling and Normalize. Fix: use SentenceTransformer"
+            "Transformer, Pooling, Dense and Normalize. Fix: use SentenceTransformer"
         )
-    return modules[0][1], _pooling_mode(read_json(modules[1][1] / "config.json"), folder), len(kinds) == 3
+    pooling = _pooling_mode(read_json(modules[1][1] / "config.json"), folder)
+    return modules[0][1], pooling, [_Dense(path) for _, path in dense], normalize
 
 
 def _pooling_mode(options: dict[str, Any], folder: Path) -> str:
@@ -190,7 +228,7 @@ def _native_encoder(folder: Path, config: dict[str, Any]) -> NativeEncoder:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _read(folder: Path, prefix: str) -> dict[str, np.ndarray]:
+def _read(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
     """Every tensor of the folder's safetensors files, named as in the base model."""
     arrays = {}
     for path in sorted(folder.glob("*.safetensors")):

@@ -86,6 +86,57 @@ def test_settings_of_sentence_transformers_count(tiny: Path):
         ours.encode("a dog", prompt_name="document")
 
 
+def add_dense(source: Path, path: Path, *activations: Any) -> Path:
+    """The model with Dense modules of 24, 16, ... outputs before its normalisation, ternarized."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        from sentence_transformers.sentence_transformer.modules import Dense
+    except ImportError:  # before sentence-transformers 6
+        from sentence_transformers.models import Dense
+
+    *modules, normalize = SentenceTransformer(str(source), device="cpu")
+    widths = range(32, 0, -8)
+    dense = [Dense(n, n - 8, True, activation) for n, activation in zip(widths, activations, strict=False)]
+    SentenceTransformer(modules=[*modules, *dense, normalize], device="cpu").save_pretrained(str(path / "float"))
+    return save_ternary(path / "float", path / "ternary")
+
+
+def test_dense_modules(tiny_sentence_transformer: Path, tmp_path: Path):
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+    folder = add_dense(tiny_sentence_transformer, tmp_path, nn.Tanh(), nn.Identity())
+    model = hf_ternary.load(folder)
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    assert model.dimension == 16
+    np.testing.assert_allclose(model.encode(TEXTS), theirs, atol=1e-6)
+    assert np.array_equal(model.encode(TEXTS), np.stack([model.encode(text) for text in TEXTS]))
+    assert model.encode([]).shape == (0, 16)
+    lengths = np.linalg.norm(model.encode(TEXTS, normalize=False), axis=1)
+    assert (abs(lengths - 1) > 1e-3).all()
+
+
+def test_other_dense_modules_are_errors(tiny_sentence_transformer: Path, tmp_path: Path):
+    from safetensors.numpy import load_file, save_file
+    from torch import nn
+
+    folder = add_dense(tiny_sentence_transformer, tmp_path, nn.Identity())
+    weights = load_file(folder / "2_Dense" / "model.safetensors")
+    for changed, message in (
+        ({"linear.bias": weights["linear.bias"]}, r"holds a weight \[0\] and a bias \[24\]"),
+        ({**weights, "linear.weight": weights["linear.weight"][:, :-1]}, "reads another width"),
+    ):
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in changed.items()}, folder / "2_Dense/model.safetensors"
+        )
+        with pytest.raises(ValueError, match=message):
+            hf_ternary.load(folder)
+    edit(folder / "2_Dense" / "config.json", activation_function="torch.nn.modules.activation.ReLU")
+    with pytest.raises(ValueError, match="is no Dense module that hf_ternary.load knows.*use SentenceTransformer"):
+        hf_ternary.load(folder)
+
+
 def test_same_bits_alone_in_any_batch_on_any_threads(folder: Path):
     model = hf_ternary.load(folder, threads=1)
     alone = np.stack([model.encode(text) for text in TEXTS])
