@@ -252,39 +252,48 @@ def distill_step() -> str:
     return markdown(["step", "tokens a second"], rows, note)
 
 
+def _profiles() -> dict[str, dict[str, Any]]:
+    names = {"all-MiniLM-L6-v2": "profile-all-MiniLM-L6-v2-ternary", "all-mpnet-base-v2": "profile-all-mpnet-base-v2"}
+    return {title: results(name) for title, name in names.items()}
+
+
 def profile() -> str:
     """Time of one text by its length, and the share of the chip's int8 limit that its products reach."""
-    result = results("profile-all-MiniLM-L6-v2-ternary")
-    runs = result["runs"]
+    profiles = _profiles()
     rows = []
-    for lengths in zip(*(run["lengths"] for run in runs), strict=True):
-        rows.append([str(lengths[0]["tokens"])])
-        for run, length in zip(runs, lengths, strict=True):
-            rows[-1] += [f"{length['microseconds'] / 1e3:.2f}", f"{100 * length['gmacs'] / run['peak_gmacs']:.0f} %"]
+    for title, result in profiles.items():
+        runs = result["runs"]
+        rows.append([f"**{title}**", *[""] * (2 * len(runs))])
+        for lengths in zip(*(run["lengths"] for run in runs), strict=True):
+            rows.append([str(lengths[0]["tokens"])])
+            for run, length in zip(runs, lengths, strict=True):
+                rows[-1] += [f"{length['microseconds'] / 1e3:.2f}", f"{100 * length['gmacs'] / run['peak_gmacs']:.0f} %"]
     threads = [f"{run['threads']} thread{'s' * (run['threads'] > 1)}" for run in runs]
     header = ["tokens", *(cell for name in threads for cell in (f"{name}, ms", "of the limit"))]
-    limits = " and ".join(f"{run['peak_gmacs']:.0f}" for run in runs)
-    around = runs[-1]["sentence_transformers"]
+    limits = ", ".join(" and ".join(f"{run['peak_gmacs']:.0f}" for run in result["runs"]) for result in profiles.values())
+    around = [result["runs"][-1]["sentence_transformers"] for result in profiles.values()]
+    whole, forward = (" and ".join(f"{a[part] / 1e3:.2f}" for a in around) for part in ("encode", "forward"))
     note = (
-        f"One text, no tokenizer. Limit: {limits} G int8 multiply-adds a second, measured in the same run. Through "
-        f"sentence-transformers a query takes {around['encode'] / 1e3:.2f} ms on {threads[-1]}, of which the encoder's "
-        f"forward {around['forward'] / 1e3:.2f}. {setting(result)}."
+        f"One text, no tokenizer. Limit: {limits} G int8 multiply-adds a second, measured in the same runs. Through "
+        f"sentence-transformers a query takes {whole} ms on {threads[-1]}, of which the encoder's forward {forward}. "
+        f"{setting(result)}."
     )
     return markdown(header, rows, note)
 
 
 def functions() -> str:
     """Shares of the processor's time by step, of a query and of a passage."""
-    result = results("profile-all-MiniLM-L6-v2-ternary")
-    run = result["runs"][0]
-    shares = [
-        {re.sub(r"hf_ternary::|\(anonymous namespace\)::", "", name): share for name, share in told.items()}
-        for told in run["functions"].values()
-    ]
-    names = sorted({name for share in shares for name in share}, key=lambda name: -shares[-1].get(name, 0))
-    rows = [[f"`{name}`", *(f"{100 * share[name]:.0f} %" if name in share else "" for share in shares)] for name in names]
+    shares: dict[str, dict[str, float]] = {}
+    for title, result in _profiles().items():
+        run = result["runs"][0]
+        for tokens, told in run["functions"].items():
+            names = {re.sub(r"hf_ternary::|\(anonymous namespace\)::", "", name): share for name, share in told.items()}
+            shares[f"{title}, {tokens} tokens"] = names
+    last = list(shares.values())[-1]
+    steps = sorted({step for share in shares.values() for step in share}, key=lambda step: -last.get(step, 0))
+    rows = [[f"`{s}`", *(f"{100 * share[s]:.0f} %" if s in share else "" for share in shares.values())] for s in steps]
     note = f"Those of at least 1 %, {run['threads']} thread, {setting(result)}."
-    return markdown(["", *(f"{tokens} tokens" for tokens in run["functions"])], rows, note)
+    return markdown(["", *shares], rows, note)
 
 
 def encode_corpus() -> str:
@@ -312,7 +321,10 @@ def ann() -> str:
             if point["recall_at_10"] > kept["recall_at_10"] + 0.005:
                 best[point["index"]] = point
         rows.append([f"**{run['corpus']}**, {run['documents']:,} texts, {run['queries']:,} queries", *[""] * 5])
-        for name, point in [("float32", teacher[0]), *(("ternary", point) for point in best.values())]:
+        shown = [("float32", teacher[0])]
+        if "ndcg_at_10" in teacher[0]:
+            shown.append(("ternary queries in float32's index", run["student_in_teacher_index"]["indexes"][0]))
+        for name, point in [*shown, *(("ternary", point) for point in best.values())]:
             score, exact = point.get("ndcg_at_10"), teacher[0].get("ndcg_at_10")
             rows.append(
                 [
@@ -325,9 +337,10 @@ def ann() -> str:
                 ]
             )
     load = max(run["load"] for run in runs)
+    used = ", ".join(f"{run['models'][1]['weights']['sha256'][:8]} ({run['corpus']})" for run in runs)
     note = (
         f"Query: {runs[0]['clock']} to embed one and search for it. In brackets: how many times faster and smaller than the "
-        f"first row. {runs[0]['threads']} thread, {setting(runs[0])}"
+        f"first row. Model weights {used}; {runs[0]['threads']} thread, {setting(runs[0])}"
         + (f"; other programs ran beside (load {load:.1f})." if load > 1.5 else ".")
     )
     return markdown(["", "recall@10", "nDCG@10", "kept", "query, ms", "model and index, MB"], rows, note)

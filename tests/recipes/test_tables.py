@@ -93,12 +93,15 @@ def test_profile_and_functions(write):
 
     functions = {"16": {"hf_ternary::(anonymous namespace)::tile<8>": 0.8}, "192": {"attend": 0.2}}
     write("profile-all-MiniLM-L6-v2-ternary", {"runs": [run(1, 1.0, functions), run(2, 0.6, functions)]})
+    write("profile-all-mpnet-base-v2", {"runs": [run(1, 4.0, functions), run(2, 3.0, {"16": {"other": 1.0}})]})
     table = tables.profile()
     assert "| 16 | 1.00 | 50 % | 0.60 | 50 % |" in table
-    assert "takes 2.00 ms on 2 threads, of which the encoder's forward 0.70" in table
+    assert table.index("**all-mpnet-base-v2**") < table.index("| 16 | 4.00 | 50 % | 3.00 | 50 % |")
+    assert "takes 2.00 and 2.00 ms on 2 threads, of which the encoder's forward 0.70 and 0.70" in table
     table = tables.functions()
-    assert "| `tile<8>` | 80 % |  |" in table
-    assert "| `attend` |  | 20 % |" in table
+    assert "|  | all-MiniLM-L6-v2, 16 tokens | all-MiniLM-L6-v2, 192 tokens | all-mpnet-base-v2, 16 tokens |" in table
+    assert "| `tile<8>` | 80 % |  | 80 % |  |" in table
+    assert "| `attend` |  | 20 % |  | 20 % |" in table
 
 
 def test_encode_corpus(write):
