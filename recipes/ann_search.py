@@ -367,19 +367,17 @@ def table(report: dict[str, Any]) -> Table:
     shown.add_column("index")
     for column in columns:
         shown.add_column(column, justify="right")
-    for model in report["models"]:
-        encode = model["encode"]
+    mixed = report["student_in_teacher_index"]
+    titles = [
+        f"[bold]{model['model']}[/], {model['encode']['texts_per_second']:.0f} texts/s, query {model['query_ms']:.2f} ms"
+        for model in report["models"]
+    ]
+    titles.append(f"[bold]{mixed['model']}[/]'s queries, {report['models'][0]['model']}'s index")
+    for title, model in zip(titles, [*report["models"], mixed], strict=True):
         shown.add_section()
-        shown.add_row(
-            f"[bold]{model['model']}[/], {encode['texts_per_second']:.0f} texts/s, query {model['query_ms']:.2f} ms"
-        )
+        shown.add_row(title)
         for point in model["indexes"]:
             shown.add_row(f"{point['index']} {point['setting']}", *(show(point) for show in columns.values()))
-    mixed = report["student_in_teacher_index"]
-    shown.add_section()
-    shown.add_row(f"[bold]{mixed['model']}[/]'s queries, {report['models'][0]['model']}'s index")
-    for point in mixed["indexes"]:
-        shown.add_row(f"{point['index']} {point['setting']}", *(show(point) for show in columns.values()))
     return shown
 
 
