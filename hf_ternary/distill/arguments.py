@@ -68,6 +68,9 @@ class DistillArguments(TrainingArguments):
     lr_halvings: int = field(
         default=0, metadata={"help": "times that the learning rate is halved, evenly spaced [0: lr_scheduler_type]"}
     )
+    matrix_lr_power: float = field(
+        default=0.0, metadata={"help": "matrices' learning rate falls faster, by (1 - share of the steps done) ** this"}
+    )
 
     # Other defaults than the trainer's.
     output_dir: str | None = field(default="runs/distill", metadata={"help": "checkpoints, logs; the model in model/"})
@@ -104,6 +107,8 @@ class DistillArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: use a number from 0 to 1")
         if self.lr_halvings < 0:
             raise ValueError(f"lr_halvings={self.lr_halvings} is not allowed: use 0 or more")
+        if self.matrix_lr_power < 0:
+            raise ValueError(f"matrix_lr_power={self.matrix_lr_power} is not allowed: use 0 or more")
         if len(self.passage_words) != 2 or not 0 < self.passage_words[0] <= self.passage_words[1]:
             raise ValueError(f"passage_words={self.passage_words} is not allowed: give the shortest and the longest")
         if not any(self.loss_weights().values()) or min(self.loss_weights().values()) < 0:

@@ -181,6 +181,15 @@ def test_the_learning_rate_is_halved_at_equal_intervals(options: Options):
     assert rates == [0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1]
 
 
+def test_the_learning_rate_of_matrices_falls_faster(options: Options):
+    run = options(matrix_lr_power=2.0, lr_scheduler_type="constant", learning_rate=0.8, logging_steps=1, max_steps=4)
+    distill(DistillArguments(**run))
+    rates = [entry["learning_rate"] for entry in log(run) if "learning_rate" in entry]
+    assert rates == pytest.approx([0.8 * (1 - step / 4) ** 2 for step in range(4)])
+    scheduler = torch.load(Path(run["output_dir"]) / "checkpoint-4" / "scheduler.pt", weights_only=False)
+    assert scheduler["_last_lr"] == [0.0, 0.8, 0.8]  # matrices; biases and norms; scales
+
+
 def test_a_nan_stops_the_run_and_names_step_and_texts(options: Options):
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+ \(.*texts of the batch: \[\d+"):
         distill(DistillArguments(**options(learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0)))
@@ -209,6 +218,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
         ({"texts": []}, "texts and images are both empty"),
         ({"images": ["a"]}, "texts and images are both set"),
         ({"lr_halvings": -1}, "lr_halvings=-1"),
+        ({"matrix_lr_power": -1}, "matrix_lr_power=-1"),
+        ({"matrix_lr_power": 1, "lr_scheduler_type": "reduce_lr_on_plateau"}, "does not go with lr_scheduler_type=.*linear"),
         ({"init": "random"}, "init='random' is not allowed: use 'rounded' or 'compensated'"),
         ({"gradual": 1.5}, "gradual=1.5"),
         ({"passage_words": [20, 10]}, "passage_words"),
