@@ -46,6 +46,12 @@ class DistillArguments(TrainingArguments):
     modules_to_not_convert: list[str] | None = field(default=None, metadata={"help": "see TernaryConfig"})
 
     init: str = field(default="rounded", metadata={"help": "start: 'rounded', or 'compensated' for rounding errors (GPTQ)"})
+    student: str | None = field(
+        default=None, metadata={"help": "ternary model to go on from, made with the same options: a Hub id or folder"}
+    )
+    fixed_codes: bool = field(
+        default=False, metadata={"help": "keep the codes of the start; train scales, biases, norms and tables alone"}
+    )
     calibration_texts: int = field(default=256, metadata={"help": "texts or images that a compensated start is fitted to"})
     gradual: float = field(default=0.0, metadata={"help": "share of the steps over which weights become ternary"})
     learned_scale: bool = field(default=True, metadata={"help": "train the scales, else they follow the weights"})
@@ -67,9 +73,6 @@ class DistillArguments(TrainingArguments):
 
     lr_halvings: int = field(
         default=0, metadata={"help": "times that the learning rate is halved, evenly spaced [0: lr_scheduler_type]"}
-    )
-    matrix_lr_power: float = field(
-        default=0.0, metadata={"help": "matrices' learning rate falls faster, by (1 - share of the steps done) ** this"}
     )
 
     # Other defaults than the trainer's.
@@ -102,13 +105,13 @@ class DistillArguments(TrainingArguments):
             raise ValueError(f"init={self.init!r} is not allowed: use {' or '.join(map(repr, INITS))}")
         if self.init == "compensated" and not self.learned_scale:
             raise ValueError("init='compensated' needs learned_scale: the weights' own scales would undo it")
+        if self.fixed_codes and not self.learned_scale:
+            raise ValueError("fixed_codes needs learned_scale: scales that follow fixed weights are fixed too")
         for name in ("passage_share", "gradual"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: use a number from 0 to 1")
         if self.lr_halvings < 0:
             raise ValueError(f"lr_halvings={self.lr_halvings} is not allowed: use 0 or more")
-        if self.matrix_lr_power < 0:
-            raise ValueError(f"matrix_lr_power={self.matrix_lr_power} is not allowed: use 0 or more")
         if len(self.passage_words) != 2 or not 0 < self.passage_words[0] <= self.passage_words[1]:
             raise ValueError(f"passage_words={self.passage_words} is not allowed: give the shortest and the longest")
         if not any(self.loss_weights().values()) or min(self.loss_weights().values()) < 0:

@@ -12,22 +12,22 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments, set_seed
 
-from ..evaluation.results import provenance, write_json
+from ..evaluation.results import provenance, weights, write_json
 from ..hub import check_target, save_pretrained
 from .arguments import DistillArguments
 from .calibrate import compensate
 from .data import Corpus
 from .health import plot
 from .images import ImageCollator, Images, read_images
-from .student import Encoder, load_teacher, make_student, pack_student, transformer_of
+from .student import Encoder, continue_from, fix_codes, load_teacher, make_student, pack_student, transformer_of
 from .texts import Collator, TokenizedTexts, read_corpus
 from .trainer import DistillTrainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Options that the summary records; teacher and data are told by name and hash, as paths mean nothing elsewhere.
+# Options that the summary records; models and data are told by name and hash, as paths mean nothing elsewhere.
 OWN_OPTIONS = {field.name for field in fields(DistillArguments)} - {field.name for field in fields(TrainingArguments)}
-OWN_OPTIONS -= {"teacher", "base_model", "texts", "images"}
+OWN_OPTIONS -= {"teacher", "student", "base_model", "texts", "images"}
 TRAINER_OPTIONS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -73,6 +73,8 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
 
     config = args.ternary_config()
     student = make_student(teacher, config, args.learned_scale, args.attn_implementation)
+    if args.student:
+        continue_from(student, args.student, config)
     trainer = DistillTrainer(
         Encoder(student, args.relation_modules),
         Encoder(teacher, args.relation_modules),
@@ -81,8 +83,10 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         held_out,
         collate,
     )
-    if args.init == "compensated" and checkpoint is None:
+    if args.init == "compensated" and not args.student and checkpoint is None:
         compensate(trainer.student, trainer.teacher, trainer.calibration_batches(args.calibration_texts))
+    if args.fixed_codes:
+        fix_codes(student)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     fidelity = trainer.evaluate() if len(held_out) else {}
@@ -143,6 +147,7 @@ def _summary(
     options = {name: value for name, value in args.to_dict().items() if name in OWN_OPTIONS or name in TRAINER_OPTIONS}
     return {
         "teacher": args.base_model or Path(args.teacher).name,
+        **({"student": weights(args.student)} if args.student else {}),
         "options": options,
         "sources": corpus.sources,
         train.kind: {"train": len(corpus.train), "held_out": len(corpus.held_out)},

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from .. import convert, encoder, quantizer
 from ..config import QUANT_METHOD, TernaryConfig
-from ..modules import FakeTernaryLinear
+from ..modules import FakeTernaryLinear, TernaryLinear
+from ..ternarize import dequantize
 
 # Vision models whose embedding of an image is what their pooler makes of it.
 POOLED = ("clip_vision_model", "siglip_vision_model")
@@ -143,6 +144,42 @@ def make_student(
     if attn_implementation is not None:
         transformer.set_attn_implementation(attn_implementation)
     return student
+
+
+@torch.no_grad()
+def continue_from(student: SentenceTransformer, name: str, config: TernaryConfig) -> None:
+    """Give ``student`` the weights of a finished ternary model of the same teacher, in place.
+
+    Its master weights are on the levels of their codes, so a code changes only where gradients agree for many steps. A table
+    is rounded anew while it trains.
+
+    Raises:
+        ValueError: it is not ternary, was made with other options, or of a model of another shape.
+    """
+    finished = transformer_of(SentenceTransformer(name, device="cpu"))
+    made = getattr(finished.config, "quantization_config", None)
+    if not isinstance(made, TernaryConfig):
+        raise ValueError(f"student {name} is not ternary; leave `student` out to start from the teacher")
+    ours, theirs = config.to_dict(), made.to_dict()
+    differ = [f"{key}={theirs[key]!r}" for key in ours if ours[key] != theirs[key] and key != "hf_ternary_version"]
+    if differ:
+        raise ValueError(f"student {name} was made with {', '.join(differ)}; give the same options")
+    scales = {f"{key}.weight_scale": m.weight_scale for key, m in finished.named_modules() if isinstance(m, TernaryLinear)}
+    weights = convert.dequantize_model(finished).state_dict()
+    trained = transformer_of(student).state_dict()
+    weights |= {key: scale for key, scale in scales.items() if key in trained}
+    try:
+        transformer_of(student).load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"student {name} does not fit the teacher: {error}") from error
+
+
+@torch.no_grad()
+def fix_codes(model: nn.Module) -> None:
+    """Stop training the master weights of ternary layers, and put them where no change of a scale changes a code."""
+    for layer in ternary_layers(model).values():
+        layer.weight.copy_(dequantize(layer.codes(), layer.scale()))
+        layer.weight.requires_grad_(False)
 
 
 def pack_student(student: SentenceTransformer, config: TernaryConfig) -> SentenceTransformer:

@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -116,27 +115,15 @@ class DistillTrainer(Trainer):
             self.optimizer = cls([group for group in groups if group["params"]], **options)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """The trainer's, or one that halves the learning rate ``lr_halvings`` times, after equal numbers of steps.
-
-        With ``matrix_lr_power`` that of the matrices falls faster: codes settle, while scales, biases and norms adapt.
-        """
-        if self.lr_scheduler is not None:
-            return self.lr_scheduler
-        halvings, power = self.args.lr_halvings, self.args.matrix_lr_power
-        if halvings:
-            size = math.ceil(num_training_steps / (halvings + 1))
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The trainer's, or one that halves the learning rate ``lr_halvings`` times, after equal numbers of steps."""
+        if self.args.lr_halvings and self.lr_scheduler is None:
+            size = math.ceil(num_training_steps / (self.args.lr_halvings + 1))
             optimizer = optimizer or self.create_optimizer()
-            self.lr_scheduler = LambdaLR(optimizer, lambda step: 0.5 ** (step // size))
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if power:
-            if not isinstance(scheduler, LambdaLR):
-                raise ValueError(
-                    f"matrix_lr_power does not go with lr_scheduler_type={self.args.lr_scheduler_type}; use 'linear'"
-                )
-            factor = scheduler.lr_lambdas[0]
-            scheduler.lr_lambdas[0] = lambda step: factor(step) * max(0.0, 1 - step / num_training_steps) ** power
-        return scheduler
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step // size))
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

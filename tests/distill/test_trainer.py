@@ -1,3 +1,4 @@
+import hashlib
 import json
 import resource
 import signal
@@ -181,13 +182,52 @@ def test_the_learning_rate_is_halved_at_equal_intervals(options: Options):
     assert rates == [0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1]
 
 
-def test_the_learning_rate_of_matrices_falls_faster(options: Options):
-    run = options(matrix_lr_power=2.0, lr_scheduler_type="constant", learning_rate=0.8, logging_steps=1, max_steps=4)
-    distill(DistillArguments(**run))
-    rates = [entry["learning_rate"] for entry in log(run) if "learning_rate" in entry]
-    assert rates == pytest.approx([0.8 * (1 - step / 4) ** 2 for step in range(4)])
-    scheduler = torch.load(Path(run["output_dir"]) / "checkpoint-4" / "scheduler.pt", weights_only=False)
-    assert scheduler["_last_lr"] == [0.0, 0.8, 0.8]  # matrices; biases and norms; scales
+@pytest.mark.parametrize("learned_scale", [True, False])
+def test_a_finished_model_is_trained_further(options: Options, tmp_path: Path, learned_scale: bool):
+    first = options(output_dir=str(tmp_path / "first"), embedding_bits=None, learned_scale=learned_scale)
+    distill(DistillArguments(**first))
+    fidelity = json.loads((tmp_path / "first" / "summary.json").read_text())["fidelity"]["eval_cosine"]
+    second = {
+        **first,
+        "output_dir": str(tmp_path / "second"),
+        "student": str(tmp_path / "first" / "model"),
+        "learning_rate": 0.1,
+    }
+    distill(DistillArguments(**second))
+    assert log(second)[0]["eval_cosine"] == pytest.approx(fidelity, abs=1e-5)
+    assert any(not torch.equal(before, weights(second)[name]) for name, before in weights(first).items() if is_codes(before))
+
+
+def test_fixed_codes_stay_as_they_are(options: Options, tmp_path: Path):
+    first = options(output_dir=str(tmp_path / "first"))
+    distill(DistillArguments(**first))
+    second = options(student=str(tmp_path / "first" / "model"), fixed_codes=True, learning_rate=5e-3, max_steps=40)
+    distill(DistillArguments(**second))
+    cosines = [entry["eval_cosine"] for entry in log(second) if "eval_cosine" in entry]
+    assert cosines[-1] > cosines[0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    start = tmp_path / "first" / "model" / "model.safetensors"
+    assert summary["student"] == {"bytes": start.stat().st_size, "sha256": hashlib.sha256(start.read_bytes()).hexdigest()}
+    before, after = weights(first), weights(second)
+    linears = [name for name in before if name.endswith(".weight") and "encoder" in name and is_codes(before[name])]
+    assert len(linears) == 12
+    for name in linears:
+        assert torch.equal(before[name], after[name])
+        assert not torch.equal(before[f"{name}_scale"], after[f"{name}_scale"])
+    assert max(entry.get("flips", 0) for entry in log(second)) == 0
+
+
+def is_codes(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.uint8
+
+
+def test_what_cannot_be_trained_further(options: Options, teacher: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="student .* is not ternary"):
+        distill(DistillArguments(**options(student=str(teacher))))
+    first = options(output_dir=str(tmp_path / "first"), group_size="8")
+    distill(DistillArguments(**first))
+    with pytest.raises(ValueError, match="was made with group_size=8; give the same options"):
+        distill(DistillArguments(**options(student=str(tmp_path / "first" / "model"))))
 
 
 def test_a_nan_stops_the_run_and_names_step_and_texts(options: Options):
@@ -218,8 +258,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
         ({"texts": []}, "texts and images are both empty"),
         ({"images": ["a"]}, "texts and images are both set"),
         ({"lr_halvings": -1}, "lr_halvings=-1"),
-        ({"matrix_lr_power": -1}, "matrix_lr_power=-1"),
-        ({"matrix_lr_power": 1, "lr_scheduler_type": "reduce_lr_on_plateau"}, "does not go with lr_scheduler_type=.*linear"),
         ({"init": "random"}, "init='random' is not allowed: use 'rounded' or 'compensated'"),
         ({"gradual": 1.5}, "gradual=1.5"),
         ({"passage_words": [20, 10]}, "passage_words"),
@@ -227,6 +265,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
         ({"gram_weight": -1.0}, "none negative"),
         ({"relation_weight": 1.0}, "relation_modules need each other"),
         ({"init": "compensated", "learned_scale": False}, "needs learned_scale"),
+        ({"fixed_codes": True, "learned_scale": False}, "fixed_codes needs learned_scale"),
         ({"group_size": "row"}, "group_size='row'"),
         ({"embedding_bits": 3}, "embedding_bits=3"),
         ({"layers": [7]}, "layers"),
