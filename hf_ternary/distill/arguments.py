@@ -47,7 +47,7 @@ class DistillArguments(TrainingArguments):
 
     init: str = field(default="rounded", metadata={"help": "start: 'rounded', or 'compensated' for rounding errors (GPTQ)"})
     student: str | None = field(
-        default=None, metadata={"help": "ternary model to go on from, made with the same options: a Hub id or folder"}
+        default=None, metadata={"help": "instead of `init`: ternary model to go on from, a Hub id or folder"}
     )
     fixed_codes: bool = field(
         default=False, metadata={"help": "keep the codes of the start; train scales, biases, norms and tables alone"}

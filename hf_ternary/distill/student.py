@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from .. import convert, encoder, quantizer
 from ..config import QUANT_METHOD, TernaryConfig
 from ..modules import FakeTernaryLinear, TernaryLinear
-from ..ternarize import dequantize
 
 # Vision models whose embedding of an image is what their pooler makes of it.
 POOLED = ("clip_vision_model", "siglip_vision_model")
@@ -168,17 +167,18 @@ def continue_from(student: SentenceTransformer, name: str, config: TernaryConfig
     weights = convert.dequantize_model(finished).state_dict()
     trained = transformer_of(student).state_dict()
     weights |= {key: scale for key, scale in scales.items() if key in trained}
-    try:
-        transformer_of(student).load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"student {name} does not fit the teacher: {error}") from error
+    shapes, expected = ({key: x.shape for key, x in state.items()} for state in (weights, trained))
+    if odd := shapes.items() ^ expected.items():
+        raise ValueError(f"student {name} does not fit the teacher: {min(odd)[0]} is missing in one or has another shape")
+    transformer_of(student).load_state_dict(weights)
 
 
 @torch.no_grad()
 def fix_codes(model: nn.Module) -> None:
-    """Stop training the master weights of ternary layers, and put them where no change of a scale changes a code."""
+    """Stop training the master weights of ternary layers, and put them on their levels: a code outlives any change of its
+    scale short of doubling."""
     for layer in ternary_layers(model).values():
-        layer.weight.copy_(dequantize(layer.codes(), layer.scale()))
+        layer.weight.copy_(layer.ternary_weight())
         layer.weight.requires_grad_(False)
 
 
