@@ -42,6 +42,7 @@ def save_pretrained(
     tokenizer: Any = None,
     base_model: str | None = None,
     results: str | Path | None = None,
+    training: str | Path | dict[str, Any] | None = None,
 ) -> Path:
     """Save a packed model with a card. An interrupted or failed save leaves what was at ``path`` before.
 
@@ -51,6 +52,7 @@ def save_pretrained(
         tokenizer: tokenizer or processor to save beside a ``PreTrainedModel``; the others save theirs.
         base_model: Hub id of the full-precision model; by default where ``model`` was loaded from.
         results: results JSON of ``recipes/evaluate.py`` measured on these weights, for the card.
+        training: ``summary.json`` of the distillation that made these weights, for the card, or its content.
 
     Returns:
         The folder.
@@ -67,7 +69,7 @@ def save_pretrained(
             _verify(model, folder)
         except SafetensorError as error:
             raise OSError(f"{target} could not be written: {error}. What was there before is unchanged") from error
-        _create_card(model, folder, target.name, base_model, results).save(folder / "README.md")
+        _create_card(model, folder, target.name, base_model, results, training).save(folder / "README.md")
     return target
 
 
@@ -78,6 +80,7 @@ def push_to_hub(
     tokenizer: Any = None,
     base_model: str | None = None,
     results: str | Path | None = None,
+    training: str | Path | dict[str, Any] | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -89,7 +92,7 @@ def push_to_hub(
     Args:
         model: a model as in :func:`save_pretrained`, or the folder of a saved one, which goes up as it is.
         repo_id: ``"user/name"``, or ``"name"`` for the token's user.
-        tokenizer, base_model, results: see :func:`save_pretrained`; for a model, not for a folder.
+        tokenizer, base_model, results, training: see :func:`save_pretrained`; for a model, not for a folder.
         private, revision, create_pr, commit_message, token: as in ``huggingface_hub.HfApi.upload_folder``.
 
     Returns:
@@ -103,7 +106,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
         if isinstance(model, nn.Module):
-            save_pretrained(model, folder, tokenizer, base_model, results)
+            save_pretrained(model, folder, tokenizer, base_model, results, training)
         else:
             source = Path(model).expanduser().resolve()
             read_info(source)
@@ -237,11 +240,16 @@ def _verify(model: nn.Module, folder: Path) -> None:
 
 
 def _create_card(
-    model: nn.Module, folder: Path, name: str, base_model: str | None, results: str | Path | None
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    base_model: str | None,
+    results: str | Path | None,
+    training: str | Path | dict[str, Any] | None,
 ) -> model_card.ModelCard:
     config = getattr(model, "config", None)  # a SentenceTransformer's is that of its transformers model
     source = getattr(config, "_name_or_path", None) or None
-    return model_card.create(folder, name, base_model or _hub_id(source), source, results)
+    return model_card.create(folder, name, base_model or _hub_id(source), source, results, training)
 
 
 def _hub_id(source: str | None) -> str | None:

@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from .evaluation.results import weights
-from .info import library_class, read_info, read_json
+from .files import read_json
+from .info import library_class, read_info
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ternary", "1.58-bit"]
@@ -45,6 +46,7 @@ def create(
     base_model: str | None = None,
     source: str | None = None,
     results: str | Path | None = None,
+    training: str | Path | dict[str, Any] | None = None,
 ) -> ModelCard:
     """The card of the packed model in ``folder``; nothing is written.
 
@@ -55,9 +57,10 @@ def create(
         source: folder or Hub id that the weights were loaded from; its card, or else the base model's, gives license and
             language. If it holds these very ternary weights its card stays as it is.
         results: JSON written by ``recipes/evaluate.py`` for this model; without it the card claims no quality.
+        training: ``summary.json`` of the distillation that made this model, or its content.
 
     Raises:
-        ValueError: no ternary model, a malformed ``base_model``, or results of other weights.
+        ValueError: no ternary model, a malformed ``base_model``, or results or a training of other weights.
     """
     if base_model is not None:
         validate_repo_id(base_model)
@@ -65,10 +68,11 @@ def create(
     parent = next((card for origin in (source, base_model) if origin and (card := load_card(origin))), None)
     inherited = parent.data.to_dict() if parent else {}
     if parent and set(TAGS) <= set(inherited.get("tags") or []):
-        if results is None and sha256 in parent.text:
+        if results is None and training is None and sha256 in parent.text:
             return parent
         base_model = base_model or inherited.get("base_model")
     report = None if results is None else _read_results(Path(results), sha256)
+    runs = [] if training is None else _training_runs(training, sha256)
     sentence_class = library_class(folder)
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["AutoModel"])[0]
@@ -92,6 +96,8 @@ def create(
         of_images=of_images,
         snippet=_snippet(sentence_class, architecture, of_images),
         results=report,
+        runs=runs,
+        sources={(source["source"], source.get("sha256")): source for run in runs for source in run["sources"]}.values(),
         sha256=sha256,
     )
 
@@ -131,6 +137,22 @@ def _read_results(path: Path, sha256: str) -> dict[str, Any]:
             "recipes/evaluate.py, or leave the results out"
         )
     return report
+
+
+def _training_runs(training: str | Path | dict[str, Any], sha256: str) -> list[dict[str, Any]]:
+    """Summaries of the runs that made the weights, the first one first."""
+    if isinstance(training, dict):
+        last = training
+    else:
+        last = read_json(Path(training))
+        if not last.get("sources"):
+            raise ValueError(f"{training} tells of no training. Fix: give the summary.json that recipes/distill.py wrote")
+        if (last.get("weights") or {}).get("sha256") != sha256:
+            raise ValueError(
+                f"{training} tells of the training of other weights than these (SHA-256 {sha256}). Fix: give the one beside "
+                "the model, or leave it out"
+            )
+    return [*last.get("earlier", []), last]
 
 
 def _eval_results(report: dict[str, Any]) -> list[EvalResult]:

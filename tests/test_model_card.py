@@ -95,6 +95,50 @@ def test_results_of_other_weights_are_refused(folder: Path, tiny_bert: Path, tmp
         create(folder, "packed", results=write_results(tmp_path / "results.json", folder, scores=[]))
 
 
+def write_summary(path: Path, folder: Path, **changes: Any) -> Path:
+    """What a distillation writes beside its model: a second run, which went on from the first one's."""
+    run = {
+        "options": {"init": "compensated", "learning_rate": 4e-4, "fixed_codes": False},
+        "sources": [{"source": "wiki.jsonl", "texts": 1200, "weight": 0.5, "sha256": "ab" * 32}],
+        "steps": 5500,
+        "tokens": 20_415_428,
+        "fidelity": {"eval_cosine": 0.92475},
+    }
+    more = {"source": "me/news", "texts": 30, "weight": 1.0}
+    last = {
+        **run,
+        "weights": weights(folder),
+        "student": {"bytes": 9, "sha256": "cd" * 32},
+        "earlier": [run],
+        "options": {**run["options"], "fixed_codes": True},
+        "sources": [{**run["sources"][0], "weight": 1.0}, more],
+        "fidelity": {},
+        **changes,
+    }
+    path.write_text(json.dumps(last))
+    return path
+
+
+def test_training_comes_from_the_summaries_of_the_runs(folder: Path, tmp_path: Path) -> None:
+    summary = write_summary(tmp_path / "summary.json", folder)
+    text = create(folder, "packed", training=summary).text
+    assert "| 1 | the full-precision weights, compensated | 5,500 | 20,415,428 | 0.0004 | 0.925 |\n| 2 | run 1;" in text
+    assert "| 2 | run 1; ternary weights fixed, the rest trained | 5,500 | 20,415,428 | 0.0004 |  |\n\n" in text
+    sources = "| source | texts | SHA-256 |\n|---|---:|---|\n| wiki.jsonl | 1,200 | abababababab |\n| me/news | 30 |  |\n\n"
+    assert sources + "## Provenance" in text
+    alone = create(folder, "packed", training=json.loads(write_summary(summary, folder, earlier=[]).read_text()))
+    assert "| 1 | ternary weights cdcdcdcdcdcd; ternary weights fixed" in alone.text
+    assert "Training" not in create(folder, "packed").text
+
+
+def test_the_training_of_other_weights_is_refused(folder: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    other = quantized(tiny_bert, tmp_path / "other", weight_scheme="absmean")
+    with pytest.raises(ValueError, match=r"training of other weights .* Fix: give the one beside"):
+        create(folder, "packed", training=write_summary(tmp_path / "summary.json", other))
+    with pytest.raises(ValueError, match=r"tells of no training\. Fix"):
+        create(folder, "packed", training=tmp_path / "missing.json")
+
+
 def test_a_malformed_base_model_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="Repo id must"):
         create(folder, "packed", base_model="https://example.com/a/b/c")

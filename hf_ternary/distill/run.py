@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments, set_seed
 
 from ..evaluation.results import provenance, weights, write_json
+from ..files import read_json
 from ..hub import check_target, save_pretrained
 from .arguments import DistillArguments
 from .calibrate import compensate
@@ -68,13 +69,13 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
     check_target(output / "model")
     checkpoint = args.resume_from_checkpoint or last_checkpoint(output)
     teacher = load_teacher(args.teacher, args.max_length, "image" if args.images else "text")
-    corpus = corpus or _read(args)
-    train, held_out, collate = _images(teacher, corpus) if args.images else _texts(teacher, corpus, args.max_length)
-
     config = args.ternary_config()
     student = make_student(teacher, config, args.learned_scale, args.attn_implementation)
     if args.student:
         continue_from(student, args.student, config)
+
+    corpus = corpus or _read(args)
+    train, held_out, collate = _images(teacher, corpus) if args.images else _texts(teacher, corpus, args.max_length)
     trainer = DistillTrainer(
         Encoder(student, args.relation_modules),
         Encoder(teacher, args.relation_modules),
@@ -98,8 +99,9 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
     packed = pack_student(student, config)
     if trainer.is_world_process_zero():
         base_model = args.base_model or (None if Path(args.teacher).is_dir() else args.teacher)
-        save_pretrained(packed.cpu(), output / "model", base_model=base_model)
-        write_json(output / "summary.json", _summary(args, corpus, train, trainer, fidelity, time.perf_counter() - started))
+        summary = _summary(args, corpus, train, trainer, fidelity, time.perf_counter() - started)
+        save_pretrained(packed.cpu(), output / "model", base_model=base_model, training=summary)
+        write_json(output / "summary.json", {"weights": weights(output / "model"), **summary})
     return packed
 
 
@@ -147,7 +149,7 @@ def _summary(
     options = {name: value for name, value in args.to_dict().items() if name in OWN_OPTIONS or name in TRAINER_OPTIONS}
     return {
         "teacher": args.base_model or Path(args.teacher).name,
-        **({"student": weights(args.student)} if args.student else {}),
+        **({"student": weights(args.student), "earlier": _earlier_runs(args.student)} if args.student else {}),
         "options": options,
         "sources": corpus.sources,
         train.kind: {"train": len(corpus.train), "held_out": len(corpus.held_out)},
@@ -158,3 +160,9 @@ def _summary(
         "curve": [entry for entry in trainer.state.log_history if "eval_cosine" in entry],
         **provenance(args.seed),
     }
+
+
+def _earlier_runs(student: str) -> list[dict[str, Any]]:
+    """Summaries of the runs that made ``student``, the first one first, as far as they lie beside it."""
+    last = read_json(Path(student).parent / "summary.json")
+    return [*last.pop("earlier", []), last] if last.get("weights") == weights(student) else []

@@ -195,6 +195,12 @@ def test_a_finished_model_is_trained_further(options: Options, tmp_path: Path, l
     }
     distill(DistillArguments(**second))
     assert log(second)[0]["eval_cosine"] == pytest.approx(fidelity, abs=1e-5)
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("first", "second")]
+    assert summaries[1]["student"] == summaries[0]["weights"]
+    assert summaries[1]["earlier"] == summaries[:1]
+    card = (tmp_path / "second" / "model" / "README.md").read_text()
+    assert "| 1 | the full-precision weights, rounded | 12 |" in card
+    assert "| 2 | run 1 | 12 |" in card
     assert any(not torch.equal(before, weights(second)[name]) for name, before in weights(first).items() if is_codes(before))
 
 
