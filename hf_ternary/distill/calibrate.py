@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ SWEEPS = 10
 
 
 def calibrate(
-    model: str, texts: Sequence[str], config: TernaryConfig | None = None, device: str | None = None
+    model: str | Path, texts: Sequence[str], config: TernaryConfig | None = None, device: str | None = None
 ) -> SentenceTransformer:
     """Ternarize an encoder of texts without training it: in minutes, and far closer to the original than rounding alone.
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import sentence_transformers
@@ -19,7 +20,7 @@ from ..modules import FakeTernaryLinear, TernaryLinear
 POOLED = ("clip_vision_model", "siglip_vision_model")
 
 
-def load_teacher(name: str, max_length: int | None = None, modality: str = "text") -> SentenceTransformer:
+def load_teacher(name: str | Path, max_length: int | None = None, modality: str = "text") -> SentenceTransformer:
     """A float32 teacher of texts or images (``modality`` "image") from any sentence-transformers or transformers encoder.
 
     A transformers model of texts gets mean pooling; one of images its pooler's output (CLIP, SigLIP) or its class token
@@ -35,6 +36,7 @@ def load_teacher(name: str, max_length: int | None = None, modality: str = "text
         raise ImportError(
             f'images need sentence-transformers 6, not {version}: pip install "sentence-transformers[image]>=6"'
         )
+    name = str(name)
     teacher = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": torch.float32})
     if not isinstance(getattr(teacher[0], "auto_model", None), PreTrainedModel):
         raise ValueError(f"teacher {name} has no transformer (its first module is {type(teacher[0]).__name__})")

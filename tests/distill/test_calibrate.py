@@ -134,7 +134,7 @@ def test_layers_make_up_for_the_error_of_the_residual_stream(teacher: Path, monk
 def test_calibrated_without_training(teacher: Path, tmp_path: Path):
     texts = make_texts(200)
     config = TernaryConfig(embedding_bits=8)
-    model = calibrate(str(teacher), texts[:160], config, device="cpu")
+    model = calibrate(teacher, texts[:160], config, device="cpu")
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.save_pretrained(str(tmp_path / "model"))
     original, saved = (SentenceTransformer(str(path), device="cpu") for path in (teacher, tmp_path / "model"))
@@ -149,7 +149,7 @@ def test_calibrating_needs_texts_and_a_float_model(teacher: Path, tmp_path: Path
     for texts in ([], "one text"):
         with pytest.raises(ValueError, match="is no list of texts"):
             calibrate(str(teacher), texts)
-    calibrate(str(teacher), make_texts(8), device="cpu").save_pretrained(str(tmp_path / "model"))
+    calibrate(teacher, make_texts(8), device="cpu").save_pretrained(str(tmp_path / "model"))
     with pytest.raises(ValueError, match="is ternary already"):
         calibrate(str(tmp_path / "model"), make_texts(8))
 
