@@ -108,7 +108,8 @@ def encoder() -> str:
 
     published = results("eval-all-MiniLM-L6-v2-ternary")
     kept = published["summary"]["all"]
-    other = " These weights are of an earlier training." if result.get("weights") != published["weights"] else ""
+    same = result["weights"] == published["weights"]
+    other = " It was distilled on Python's documentation too." if same else " These weights are of an earlier training."
     lengths = [f"{workload['tokens'] / workload['texts']:.0f}" for workload in work.values()]
     shares = of_the_limit(run)
     times = [run["gmacs"][name] / alone["gmacs"][name] for name in work]
@@ -117,10 +118,11 @@ def encoder() -> str:
         f"and {lengths[2]} tokens on average, tokenizer included; in brackets, times as slow as ternary, the median of "
         f"{result['rounds']} turns. Start (to the first embedding) and peak memory are of fresh processes, medians of "
         f"{result['starts']}. Rows without sentence-transformers use `tokenizers`, the runtime and numpy. Cosine to the "
-        f"float32 model on these texts.{other} The published model keeps {100 * kept['retention']:.1f} % of its score on "
-        f"{kept['tasks']} tasks. Its linear layers are {', '.join(shares[:2])} and {shares[2]} of the multiply-adds that "
-        f"vpdpbusd can do in the time of the whole call. {run['threads']} threads, {times[0]:.2f}, {times[1]:.2f} and "
-        f"{times[2]:.2f} times as fast as {alone['threads']}; {setting(result)}."
+        f"float32 model on these texts, from Python's documentation.{other} The published model keeps "
+        f"{100 * kept['retention']:.1f} % of its score on {kept['tasks']} tasks. Its linear layers are "
+        f"{', '.join(shares[:2])} and {shares[2]} of the multiply-adds that vpdpbusd can do in the time of the whole call. "
+        f"{run['threads']} threads, {times[0]:.2f}, {times[1]:.2f} and {times[2]:.2f} times as fast as {alone['threads']}; "
+        f"{setting(result)}."
     )
     return markdown(ENCODER, contenders(run, work), note)
 
