@@ -229,7 +229,7 @@ def is_codes(tensor: torch.Tensor) -> bool:
 
 def test_what_cannot_be_trained_further(options: Options, teacher: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="student .* is not ternary"):
-        distill(DistillArguments(**options(student=str(teacher))))
+        distill(DistillArguments(**options(student=str(teacher), texts=["missing.jsonl"])))  # before the texts are read
     smaller = SentenceTransformer(str(teacher), device="cpu")
     smaller[0].auto_model.encoder.layer = smaller[0].auto_model.encoder.layer[:1]
     smaller[0].auto_model.config.num_hidden_layers = 1
