@@ -108,8 +108,11 @@ def encoder() -> str:
 
     published = results("eval-all-MiniLM-L6-v2-ternary")
     kept = published["summary"]["all"]
-    same = result["weights"] == published["weights"]
-    other = " It was distilled on Python's documentation too." if same else " These weights are of an earlier training."
+    training = results("distill-all-MiniLM-L6-v2-ternary")
+    sources = {source["source"] for run in (*training["earlier"], training) for source in run["sources"]}
+    other = " The model was distilled on such texts too." if "python_doc.jsonl.gz" in sources else ""
+    if result["weights"] != published["weights"]:
+        other = " These weights are of an earlier training."
     lengths = [f"{workload['tokens'] / workload['texts']:.0f}" for workload in work.values()]
     shares = of_the_limit(run)
     times = [run["gmacs"][name] / alone["gmacs"][name] for name in work]
