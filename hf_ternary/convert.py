@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from .modules import (
     TernaryLinear,
     TiedEmbedding,
     TiedLinear,
+    table_multiplier,
 )
 
 # A smaller table (token types, relative-position buckets) saves nothing worth its error.
@@ -40,7 +41,7 @@ def linears_to_convert(model: nn.Module, config: TernaryConfig, keep: Iterable[s
     Raises:
         ValueError: nothing is left to convert, or a given pattern names no module.
     """
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear and not _gives_dtype(model, name)]
     patterns = config.modules_to_not_convert
     if patterns is None:
         chosen = [n for n in names if re.search(r"\.\d+\.", n) and not any(matches(n, p) for p in keep)]
@@ -62,6 +63,12 @@ def linears_to_convert(model: nn.Module, config: TernaryConfig, keep: Iterable[s
     return chosen
 
 
+def _gives_dtype(model: nn.Module, name: str) -> bool:
+    """Whether the layer is T5's or a relative's ``wo``: its block casts activations to the dtype of its weight."""
+    block, _, own = name.rpartition(".")
+    return own == "wo" and re.search(r"Dense\w*Act\w*Dense", type(model.get_submodule(block)).__name__) is not None
+
+
 def embeddings_to_convert(model: nn.Module, config: TernaryConfig) -> dict[str, int]:
     """Names of the tables that ``config`` quantizes and their bits: the token table and large ones beside it (positions)."""
     if config.embedding_bits is None:
@@ -74,7 +81,7 @@ def embeddings_to_convert(model: nn.Module, config: TernaryConfig) -> dict[str, 
     siblings = model.get_submodule(parent).children() if parent else []
     tables: dict[str, int | None] = {name_of[tokens]: config.embedding_bits}
     for table in siblings:
-        if isinstance(table, nn.Embedding) and table is not tokens and table.num_embeddings >= SMALLEST_TABLE:
+        if _is_table(table) and table is not tokens and table.num_embeddings >= SMALLEST_TABLE:
             tables[name_of[table]] = config.position_bits
     keep = config.modules_to_not_convert or []
     return {name: bits for name, bits in tables.items() if bits and not any(matches(name, p) for p in keep)}
@@ -86,7 +93,11 @@ def _token_table(module: nn.Module) -> nn.Embedding | None:
         table = module.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    return table if isinstance(table, nn.Embedding) else None
+    return table if _is_table(table) else None
+
+
+def _is_table(module: nn.Module | None) -> TypeGuard[nn.Embedding]:
+    return isinstance(module, nn.Embedding) and table_multiplier(module) is not None
 
 
 def ternarize_model(

@@ -24,6 +24,18 @@ from .ternarize import (
 )
 
 
+def table_multiplier(table: nn.Embedding) -> float | None:
+    """The constant by which ``table`` multiplies the rows that it looks up; None if its class does something else."""
+    if type(table) is nn.Embedding:
+        return 1.0
+    if isinstance(table, FakeQuantizedEmbedding):
+        return table.multiplier
+    if not type(table).__name__.endswith("ScaledWordEmbedding"):  # as transformers calls them: Gemma's, BART's
+        return None
+    scale = getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", None))
+    return float(scale) if isinstance(scale, (int, float)) else None
+
+
 def _straight_through(value: torch.Tensor, gradient_to: torch.Tensor) -> torch.Tensor:
     """``value`` forward; backward the gradient goes to ``gradient_to`` too, as if the two were equal."""
     return value + (gradient_to - gradient_to.detach())
@@ -141,7 +153,7 @@ class QuantizedEmbedding(_Packed):
 
     Buffers: ``weight`` uint8 ``[num_embeddings, ceil(embedding_dim * bits / 8)]`` and ``weight_scale`` float32
     ``[num_embeddings, groups]``. Only the rows that are looked up are ever unpacked. ``multiplier`` is the constant by which
-    ``float_class``, if it is Gemma's, multiplies what it looks up.
+    ``float_class`` multiplies what it looks up (see :func:`table_multiplier`).
     """
 
     def __init__(
@@ -176,7 +188,9 @@ class QuantizedEmbedding(_Packed):
     def empty_like(cls, embedding: nn.Embedding, bits: int, groups: int) -> "QuantizedEmbedding":
         """An uninitialised table on the meta device with the shape of ``embedding``."""
         rows, columns = embedding.weight.shape
-        multiplier = getattr(embedding, "scalar_embed_scale", 1.0)
+        multiplier = table_multiplier(embedding)
+        if multiplier is None:
+            raise ValueError(f"{type(embedding).__name__} does more than look up rows. Fix: keep it in floating point")
         float_class = getattr(embedding, "float_class", type(embedding))
         dtype, padding_idx = embedding.weight.dtype, embedding.padding_idx
         return cls(rows, columns, bits, groups, padding_idx, multiplier, float_class, device="meta", dtype=dtype)
@@ -351,7 +365,7 @@ class FakeQuantizedEmbedding(nn.Embedding):
         super().__init__(rows, columns, embedding.padding_idx, device="meta")
         self.weight = embedding.weight
         self.bits, self.group_size = bits, group_size
-        self.scalar_embed_scale = getattr(embedding, "scalar_embed_scale", 1.0)
+        self.multiplier = table_multiplier(embedding) or 1.0
         self.float_class = type(embedding)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -359,7 +373,7 @@ class FakeQuantizedEmbedding(nn.Embedding):
         rows = F.embedding(distinct, self.weight, self.padding_idx)
         quantized = dequantize_rows(*quantize_rows(rows, self.bits, self.group_size)).to(rows.dtype)
         rows = F.embedding(position, _straight_through(quantized, rows))
-        return rows * rows.new_tensor(self.scalar_embed_scale) if self.scalar_embed_scale != 1 else rows
+        return rows * rows.new_tensor(self.multiplier) if self.multiplier != 1 else rows
 
     def pack(self) -> QuantizedEmbedding:
         """The packed twin."""

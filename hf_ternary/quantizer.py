@@ -82,8 +82,14 @@ class TernaryHfQuantizer(HfQuantizer):
         model.add_model_tags(["ternary", "1.58-bit"])  # for the card that transformers' own push_to_hub writes
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return convert.dequantize_model(model, dtype or model.dtype)  # type: ignore[return-value]
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if isinstance(dtype, str):  # which save_pretrained leaves in the config
+            dtype = getattr(torch, dtype)
+        assert not isinstance(dtype, str)
+        convert.dequantize_model(model, dtype or model.dtype)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights()
+        return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

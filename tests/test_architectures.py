@@ -22,6 +22,8 @@ TOWERS = {
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 
 # name: (model class, config class, options, ternary layers, quantized tables)
+T5 = {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+BART = {"vocab_size": 200, "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
 ARCHITECTURES = {
     "BERT": ("BertModel", "BertConfig", ENCODER, 12, 2),
     "BERT, masked language model": ("BertForMaskedLM", "BertConfig", ENCODER, 12, 2),
@@ -39,13 +41,8 @@ ARCHITECTURES = {
     "ModernBERT": ("ModernBertModel", "ModernBertConfig", {**ENCODER, **SPECIAL}, 8, 1),
     "ALBERT": ("AlbertModel", "AlbertConfig", {**ENCODER, "embedding_size": 16}, 6, 2),
     "ELECTRA": ("ElectraModel", "ElectraConfig", {**ENCODER, "embedding_size": 16}, 12, 2),
-    "T5 encoder": (
-        "T5EncoderModel",
-        "T5Config",
-        {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
-        10,  # wo stays float: T5 keeps it in float32
-        1,
-    ),
+    "T5 encoder": ("T5EncoderModel", "T5Config", T5, 10, 1),  # wo stays float: T5 keeps it in float32
+    "LongT5 encoder": ("LongT5EncoderModel", "LongT5Config", T5, 10, 1),  # wo stays float: its dtype is looked at
     "NomicBERT": ("NomicBertModel", "NomicBertConfig", ENCODER, 14, 1),
     "Qwen3": ("Qwen3Model", "Qwen3Config", DECODER, 14, 1),
     "Gemma 3": ("Gemma3TextModel", "Gemma3TextConfig", DECODER, 14, 1),
@@ -120,6 +117,38 @@ def test_round_trip_is_exact(name, tmp_path):
 
     loaded.save_pretrained(tmp_path / "again")
     assert digests(tmp_path / "again") == digests(tmp_path / "packed")
+
+
+def test_no_list_of_modules_ternarizes_what_t5_casts_by(tmp_path):
+    model_class = build("T5 encoder", tmp_path)
+    packed = model_class.from_pretrained(tmp_path, quantization_config=TernaryConfig(modules_to_not_convert=[]))
+    assert count(packed, TernaryLinear) == 10
+    assert outputs(packed)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_table_that_scales_its_rows(scaled, tmp_path):
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+
+    M2M100Encoder(hf.M2M100Config(**BART, scale_embedding=scaled)).save_pretrained(tmp_path / "float")
+    plain = M2M100Encoder.from_pretrained(tmp_path / "float")
+    packed = M2M100Encoder.from_pretrained(tmp_path / "float", quantization_config=TernaryConfig(embedding_bits=8))
+    assert isinstance(packed.embed_tokens, QuantizedEmbedding)
+    ids = torch.arange(3, 90)[None]
+    assert torch.allclose(packed.embed_tokens(ids), plain.embed_tokens(ids), atol=0.05)
+    packed.save_pretrained(tmp_path / "packed")
+    again = M2M100Encoder.from_pretrained(tmp_path / "packed")
+    assert torch.equal(again.embed_tokens(ids), packed.embed_tokens(ids))
+    again.dequantize()
+    assert torch.allclose(again.embed_tokens(ids), packed.embed_tokens(ids), atol=1e-6)
+
+
+def test_a_table_of_another_kind_stays_float(tmp_path):
+    options = {"vocab_size": 200, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
+    hf.OPTModel(hf.OPTConfig(**options, num_hidden_layers=2)).save_pretrained(tmp_path)
+    packed = hf.OPTModel.from_pretrained(tmp_path, quantization_config=TernaryConfig())
+    assert count(packed, QuantizedEmbedding) == 1  # not the positions, which are counted from the mask
+    assert packed(torch.arange(3, 9)[None]).last_hidden_state.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -162,6 +162,14 @@ def test_dequantize_method(packed_folder):
     assert not any(isinstance(m, (TernaryLinear, QuantizedEmbedding)) for m in model.modules())
 
 
+def test_dequantize_after_saving(packed_folder, tmp_path):
+    model = BertModel.from_pretrained(packed_folder)
+    model.save_pretrained(tmp_path)  # leaves the dtype's name in the config
+    model.dequantize()
+    assert type(model.get_submodule(KEY)) is nn.Linear
+    assert model.get_submodule(KEY).weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4, 2])
 def test_position_table_has_bits_of_its_own(bits, tmp_path):
     save_tiny_bert(tmp_path / "float", max_position_embeddings=160)
@@ -212,6 +220,9 @@ def test_output_layer_tied_to_a_quantized_table(tmp_path):
     assert torch.equal(again(ids()).logits, model(ids()).logits)
     again.dequantize()
     assert torch.allclose(again(ids()).logits, model(ids()).logits, atol=0.02)
+    assert again.cls.predictions.decoder.weight is again.bert.embeddings.word_embeddings.weight
+    again.save_pretrained(tmp_path / "plain")
+    assert not any("decoder.weight" in key for key in load_file(tmp_path / "plain" / "model.safetensors"))
 
 
 def test_on_the_fly_errors_reach_the_user(tiny_bert):
