@@ -54,7 +54,7 @@ sanitize: $(VENV)/dev  ## Check the C++ code for errors of memory, undefined beh
 	HF_TERNARY_SANITIZE=1 $(BIN)/pytest tests/ops/test_csrc.py
 
 test-oldest:  ## Run the plugin's tests on the oldest supported transformers, and on 5.17 with sentence-transformers 6.0.1
-	$(call install,.venv-5.0,--editable '.[hf]' transformers==5.0.0 sentence-transformers==5.2.3 pytest pytest-timeout)
+	$(call install,.venv-5.0,--editable '.[hf]' transformers==5.0.0 sentence-transformers==5.4.0 pytest pytest-timeout)
 	.venv-5.0/bin/python -c 'import hf_ternary._native'
 	.venv-5.0/bin/pytest $(PLUGIN_TESTS)
 	$(call install,.venv-5.17,--editable '.[hf]' transformers==5.17.0 sentence-transformers==6.0.1 pytest pytest-timeout)

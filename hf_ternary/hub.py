@@ -5,6 +5,7 @@ The functions here add the safe replacement, a check of what was written, and th
 """
 
 import glob
+import json
 import logging
 import os
 import re
@@ -17,13 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import model_card
+from .files import read_json
 from .info import read_info
 from .modules import FakeQuantizedEmbedding, FakeTernaryLinear, QuantizedEmbedding, TernaryLinear
 
@@ -34,6 +35,9 @@ _MODEL_ENTRY = re.compile(r".+\.(json|safetensors|bin|txt|md|model|jinja|py)|\.g
 
 # Weights of an earlier push that the new ones replace.
 _STALE_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+
+# Modules that sentence_transformers.models held; files that say so are read by every version.
+_LASTING_NAMES = ("Transformer", "Pooling", "Normalize", "Dense")
 
 
 def save_pretrained(
@@ -223,19 +227,36 @@ def _write(model: Any, folder: Path, tokenizer: Any) -> None:
         model.save_pretrained(folder)
     else:
         model.save_pretrained(str(folder), create_model_card=False)
+        _name_modules(folder / "modules.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
+def _name_modules(file: Path) -> None:
+    """Call sentence-transformers' modules by names that every version reads: they moved in 5.4 and in 6.0."""
+    modules = read_json(file, [])
+    for module in modules:
+        package, _, name = module["type"].rpartition(".")
+        if package.startswith("sentence_transformers.") and name in _LASTING_NAMES:
+            module["type"] = f"sentence_transformers.models.{name}"
+    if modules:
+        file.write_text(json.dumps(modules, indent=2), encoding="utf-8")
+
+
 def _verify(model: nn.Module, folder: Path) -> None:
     """Compare the headers of the files with the model's packed layers."""
-    packed = [module for module in model.modules() if isinstance(module, (TernaryLinear, QuantizedEmbedding))]
-    expected = Counter((len(m.weight), m.weight.nbytes + m.weight_scale.nbytes) for m in packed)
-    written = Counter((layer.shape[0], layer.bytes) for layer in read_info(folder).layers)
+    # By bytes a row: transformers stacks the layers of a model whose checkpoints hold a fused Wqkv.
+    expected: Counter[int] = Counter()
+    for m in model.modules():
+        if isinstance(m, (TernaryLinear, QuantizedEmbedding)):
+            expected[m.weight.shape[1] + 4 * m.weight_scale.shape[1]] += len(m.weight)
+    written: Counter[int] = Counter()
+    for layer in read_info(folder).layers:
+        written[layer.bytes // layer.shape[0]] += layer.shape[0]
     if written != expected:
         raise ValueError(
-            f"{type(model).__name__} was not saved whole: {written.total()} of its {len(packed)} packed layers are in the "
-            "files. Fix: save a model that from_pretrained loaded, without adapters"
+            f"{type(model).__name__} was not saved whole: {written.total():,} of its {expected.total():,} packed rows are "
+            "in the files. Fix: save a model that from_pretrained loaded, without adapters"
         )
 
 
@@ -249,13 +270,4 @@ def _create_card(
 ) -> model_card.ModelCard:
     config = getattr(model, "config", None)  # a SentenceTransformer's is that of its transformers model
     source = getattr(config, "_name_or_path", None) or None
-    return model_card.create(folder, name, base_model or _hub_id(source), source, results, training)
-
-
-def _hub_id(source: str | None) -> str | None:
-    """``source`` if it is a model on the Hub, which was downloaded then, and not a path."""
-    try:
-        is_cached = source is not None and isinstance(try_to_load_from_cache(source, "config.json"), str)
-    except HFValidationError:
-        is_cached = False
-    return source if is_cached else None
+    return model_card.create(folder, name, base_model, source, results, training)

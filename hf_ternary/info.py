@@ -80,7 +80,7 @@ def read_info(folder: str | Path) -> ModelInfo:
             raise ValueError(f"{missing[0]} is missing in {folder}. Fix: download it again or save the model again")
         # The two tensors of a layer may lie in different shards.
         pairs = {name: (home[name].get_tensor(name), home[f"{name}_scale"].get_tensor(f"{name}_scale")) for name in packed}
-        bits = _table_bits([weight for weight, _ in pairs.values()], config)
+        bits = _table_bits([weight for weight, _ in pairs.values()], config, _widths(folder))
         layers = tuple(_layer(name, weight, scale, bits) for name, (weight, scale) in pairs.items())
         rest = sorted(home.keys() - pairs.keys() - {f"{name}_scale" for name in pairs})
         float_tensors = {name: math.prod(home[name].get_slice(name).get_shape()) for name in rest}
@@ -132,13 +132,23 @@ def _is_table(weight: Any) -> bool:
     return packing.has_invalid_ternary(weight)  # a ternary weight never holds a field of 0; a table uses all its levels
 
 
-def _table_bits(weights: list[Any], config: TernaryConfig) -> dict[int, int]:
+def _widths(folder: Path) -> set[int]:
+    """How wide a row of a token table may be, by config.json."""
+    config = read_json(folder / "config.json")
+    levels = [config, *(level for level in config.values() if isinstance(level, dict))]
+    return {level[key] for level in levels for key in ("embedding_size", "hidden_size", "d_model", "dim") if key in level}
+
+
+def _table_bits(weights: list[Any], config: TernaryConfig, widths: set[int]) -> dict[int, int]:
     """Bits of the tables by the bytes of their rows, which are all equally wide."""
     if config.embedding_bits is None:
         return {}
     sizes = sorted({weight.shape[1] for weight in weights if _is_table(weight)})
     bits = sorted({config.embedding_bits, config.position_bits or config.embedding_bits})
-    return dict(zip(sizes, bits, strict=True)) if len(sizes) == len(bits) else dict.fromkeys(sizes, config.embedding_bits)
+    if len(sizes) == len(bits):
+        return dict(zip(sizes, bits, strict=True))
+    fitting = {size: [b for b in bits if any(packing.packed_size(w, b) == size for w in widths)] for size in sizes}
+    return {size: fits[0] if len(fits) == 1 else config.embedding_bits for size, fits in fitting.items()}
 
 
 def _layer(name: str, weight: Any, scale: Any, table_bits: dict[int, int]) -> Layer:

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 from .evaluation.results import weights
 from .files import read_json
@@ -53,7 +55,8 @@ def create(
     Args:
         folder: a saved ternary model.
         name: its name, the heading of the card.
-        base_model: Hub id of the full-precision model.
+        base_model: Hub id of the full-precision model; by default what the card of ``source`` names, if that is ternary, or
+            ``source`` itself, if it is on the Hub.
         source: folder or Hub id that the weights were loaded from; its card, or else the base model's, gives license and
             language. If it holds these very ternary weights its card stays as it is.
         results: JSON written by ``recipes/evaluate.py`` for this model; without it the card claims no quality.
@@ -71,6 +74,8 @@ def create(
         if results is None and training is None and sha256 in parent.text:
             return parent
         base_model = base_model or inherited.get("base_model")
+    else:
+        base_model = base_model or _hub_id(source)
     report = None if results is None else _read_results(Path(results), sha256)
     runs = [] if training is None else _training_runs(training, sha256)
     sentence_class = library_class(folder)
@@ -106,8 +111,17 @@ def load_card(model: str) -> ModelCard | None:
     """The card of a model folder or of a model on the Hub; None if it has none or cannot be reached."""
     try:
         return ModelCard.load(Path(model) / "README.md" if Path(model).is_dir() else model)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, YAMLError):
         return None
+
+
+def _hub_id(source: str | None) -> str | None:
+    """``source`` if it is a model on the Hub, which was downloaded then, and not a path."""
+    try:
+        is_cached = source is not None and isinstance(try_to_load_from_cache(source, "config.json"), str)
+    except HFValidationError:
+        is_cached = False
+    return source if is_cached else None
 
 
 def _task(sentence_class: str | None, architecture: str, of_images: bool) -> str:

@@ -1,6 +1,7 @@
 """Saving, the swap of folders, and pushes by the real huggingface_hub client to a Hub on loopback."""
 
 import io
+import json
 import logging
 import multiprocessing
 import os
@@ -88,6 +89,25 @@ def test_a_saved_model_is_bit_identical(kind: str, floats: dict[str, Path], tmp_
     np.testing.assert_array_equal(outputs(load(kind, folder)), outputs(model))
     assert "ternary" in (folder / "README.md").read_text()
     assert os.listdir(folder.parent) == ["model"]
+
+
+def test_modules_are_named_as_every_version_of_sentence_transformers_knows_them(
+    floats: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = save_pretrained(load("SentenceTransformer", floats["SentenceTransformer"], PACKED), tmp_path / "model")
+    types = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
+    assert types == [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]
+
+
+def test_layers_that_a_file_holds_stacked(tmp_path: Path) -> None:
+    if not hasattr(transformers, "NomicBertModel"):
+        pytest.skip(f"transformers {transformers.__version__} has no NomicBertModel")
+    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    transformers.NomicBertModel(transformers.NomicBertConfig(vocab_size=200, **options)).save_pretrained(tmp_path / "float")
+    model = transformers.NomicBertModel.from_pretrained(tmp_path / "float", **PACKED)
+    folder = save_pretrained(model, tmp_path / "packed")
+    again, ids = transformers.NomicBertModel.from_pretrained(folder), torch.arange(3, 9)[None]
+    assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
 def test_save_load_save_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
@@ -399,12 +419,28 @@ def _push_from_hub(base: str, repo: str) -> None:
     push_to_hub(load("BertModel", base, PACKED), repo)
 
 
+def _push_changed(base: str, repo: str) -> None:
+    model = load("BertModel", base)
+    model.embeddings.LayerNorm.weight.data.add_(1)
+    push_to_hub(model, repo)
+
+
 def test_the_card_names_a_base_model_on_the_hub(tiny_bert: Path, online: Callable[..., Any], hub: HubServer) -> None:
     online(_push_float, tiny_bert, "tester/base", "5GB")
     online(_push_from_hub, "tester/base", "tester/derived")
     card = hub.files("tester/derived")["README.md"].content.decode()
     assert "base_model: tester/base\n" in card
     assert "base_model_relation: quantized\n" in card
+
+
+def test_the_card_of_a_ternary_model_from_the_hub_names_its_float_model(
+    tiny_bert: Path, tmp_path: Path, online: Callable[..., Any], hub: HubServer
+) -> None:
+    online(_push_float, tiny_bert, "tester/float", "5GB")
+    online(_push_from_hub, "tester/float", "tester/ternary")
+    online(_push_changed, "tester/ternary", "tester/changed")
+    card = hub.files("tester/changed")["README.md"].content.decode()
+    assert "base_model: tester/float\n" in card
 
 
 def test_stale_shards_go(tiny_bert: Path, saved: Path, online: Callable[..., Any], hub: HubServer) -> None:

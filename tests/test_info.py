@@ -12,6 +12,8 @@ from hf_ternary import TernaryConfig, TernaryLinear
 from hf_ternary.info import is_ternary, library_class, read_info
 from hf_ternary.modules import QuantizedEmbedding
 
+from .conftest import save_tiny_bert
+
 
 def packed(source: Path, target: Path, **options: object) -> BertModel:
     model = BertModel.from_pretrained(source, quantization_config=TernaryConfig(**options))
@@ -37,6 +39,13 @@ def test_layers_are_those_of_the_model(bits: int | None, group_size: int | None,
         else:
             assert (layer.kind, layer.bits, layer.zeros) == ("embedding", 8 if "position" in name else bits, None)
             assert layer.shape == (module.num_embeddings, module.embedding_dim)
+
+
+def test_a_position_table_alone(tmp_path: Path) -> None:
+    save_tiny_bert(tmp_path / "float", max_position_embeddings=160)
+    packed(tmp_path / "float", tmp_path / "packed", modules_to_not_convert=["word_embeddings"])
+    (table,) = [layer for layer in read_info(tmp_path / "packed").layers if layer.kind == "embedding"]
+    assert (table.bits, table.shape) == (8, (160, 32))
 
 
 def test_sizes_are_those_of_the_files(tiny_bert: Path, tmp_path: Path) -> None:

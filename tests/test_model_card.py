@@ -58,7 +58,7 @@ def test_sizes_are_measured(folder: Path) -> None:
     assert f"| {info.bytes / 1e6:.2f} MB | {info.float32_bytes / 1e6:.2f} MB | {ratio:.3f} |" in text
     assert weights(folder)["sha256"] in text
     assert "12 linear layers" in text
-    assert "4 bits a weight" in text
+    assert "the embedding tables hold 4 and 8 bits a weight" in text
 
 
 def test_no_quality_is_claimed_without_results(folder: Path) -> None:
@@ -148,6 +148,13 @@ def test_license_and_language_are_the_base_models(minilm: Path, folder: Path) ->
     data = create(folder, "packed", source=str(minilm)).data
     assert (data.license, data.language) == ("apache-2.0", "en")
     assert data.base_model is None  # a folder is no name on the Hub
+
+
+def test_a_damaged_card_of_the_source_is_as_none(folder: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "README.md").write_text("---\ntitle: a: b\n---\n# A model\n")
+    assert create(folder, "packed", source=str(source)).data.license is None
 
 
 def test_a_model_loaded_packed_keeps_its_card(folder: Path, tmp_path: Path) -> None:
