@@ -339,7 +339,10 @@ class NativeEncoder:
         if array is None:
             raise ValueError(f"{name} is missing. Fix: download the model again or save it again")
         if array.dtype != dtype:
-            raise UnsupportedError(f"{name} is {array.dtype}, the native encoder reads {np.dtype(dtype)}")
+            raise UnsupportedError(
+                f"{name} is {array.dtype}, the native encoder reads {np.dtype(dtype)}: load the float model with "
+                "dtype='float32' and save it again"
+            )
         if shape is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}. Fix: save the model again")
         array = np.ascontiguousarray(array)

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .config import TernaryConfig
+from .files import model_folder, read_json
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def quantize(
         from .hub import check_target, save_pretrained
         from .info import is_ternary, library_class, read_info
 
-        folder = _files(src, ["*.json"])
+        folder = model_folder(src, ["*.json"])
         if is_ternary(folder):
             raise ValueError(f"{src} is ternary already. Fix: give a full-precision model")
         if folder.resolve() == dst.expanduser().resolve():
@@ -143,7 +144,7 @@ def info(model: Model) -> None:
         from .info import read_info
         from .ops.backends import capabilities
 
-        content = read_info(_files(model, ["*.json", "*.safetensors"]))
+        content = read_info(model_folder(model, ["*.json", "*.safetensors"]))
         machine = capabilities()
         loaded = _load(model, device="cpu")
         paths = explain(loaded)
@@ -191,6 +192,8 @@ def encode(
     """Embed texts, to a file or to standard output."""
     if output is not None and output.suffix not in (".npy", ".jsonl"):
         raise ValueError(f"--output {output} is neither .npy nor .jsonl. Fix: name the file so")
+    if texts and input_file is not None:
+        raise ValueError(f"both texts and --input {input_file} are given. Fix: give one of them")
     lines = texts or _read_texts(input_file or Path("-"))
     with err.status(f"Loading {model}"):
         embedder = _load(model, device=device)
@@ -230,7 +233,7 @@ def bench(
     with err.status(f"Loading {model}"):
         from .info import read_config
 
-        read_config(_files(model, ["*.json"]))  # a float model has nothing to compare
+        read_config(model_folder(model, ["*.json"]))  # a float model has nothing to compare
         models = {"ternary": _load(model, device=device)}
         if baseline:
             models["float32, dequantized"] = _dequantized(_load(model, device=device))
@@ -284,24 +287,6 @@ def _value(text: str | None) -> Any:
     return int(text) if text.removeprefix("-").isdigit() else text
 
 
-def _files(model: str, patterns: list[str]) -> Path:
-    """The model's folder; of a model on the Hub, a local copy of the files that match ``patterns``."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ValueError(f"{model} is no folder. Fix: give the folder of a model or a Hub id such as user/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{model} is no folder, and no model by that name can be reached on the Hub ({type(error).__name__}). "
-            "Fix: check the name, the connection, and for a private model `hf auth login`"
-        ) from error
-
-
 def _dequantized(model: "nn.Module") -> "nn.Module":
     for module in list(model.modules()):
         if getattr(module, "hf_quantizer", None) is not None:
@@ -313,11 +298,13 @@ def _load(model: str, config: TernaryConfig | None = None, device: str | None = 
     """The model, of the class that its files name."""
     from transformers.utils import logging
 
-    from .info import library_class, read_json
+    from .info import library_class
 
     logging.disable_progress_bar()
-    folder = _files(model, ["*.json"])
-    options = {"quantization_config": config} if config else {}
+    folder = model_folder(model, ["*.json"])
+    _check_device(device)
+    # float32: what the CPU's kernels read, whatever the checkpoint was saved in
+    options: dict[str, Any] = {"quantization_config": config, "dtype": "float32"} if config else {}
     name = library_class(folder)
     if name is None and config and not config.dequantize:  # to be saved again: keep the model's own class and head
         import transformers
@@ -329,6 +316,16 @@ def _load(model: str, config: TernaryConfig | None = None, device: str | None = 
     with warnings.catch_warnings():  # that a packed model's own options win, except for `dequantize`, is what we want
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
         return getattr(sentence_transformers, name or "SentenceTransformer")(model, device=device, model_kwargs=options)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such name; not built in, or none here
+        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"--device {device} cannot be used here. Fix: use one of {', '.join(known)}") from error
 
 
 def _calibrate(src: str, source: str, most: int, config: TernaryConfig) -> tuple[Any, list[str]]:
@@ -362,10 +359,9 @@ def _processor(src: str, model: "nn.Module") -> Any:
 
 
 def _read_texts(path: Path) -> list[str]:
-    if str(path) != "-":
-        lines = path.read_text(encoding="utf-8").splitlines()
-    else:
-        lines = [] if sys.stdin.isatty() else sys.stdin.read().splitlines()
+    from_stdin = str(path) == "-"
+    content = path.read_text(encoding="utf-8") if not from_stdin else "" if sys.stdin.isatty() else sys.stdin.read()
+    lines = content.removesuffix("\n").split("\n") if content else []  # splitlines() also splits at U+2028 and others
     if not lines:
         raise ValueError("there is no text. Fix: give texts as arguments, in the file of --input or on standard input")
     return lines

@@ -1,8 +1,30 @@
-"""Reading what lies in a model's folder, without torch."""
+"""Finding and reading what lies in a model's folder, without torch."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+
+def model_folder(model: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The model's folder; of a model on the Hub, a local copy of the files that match ``patterns``.
+
+    Raises:
+        ValueError: neither a folder nor a model that can be reached on the Hub.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"{model} is no folder. Fix: give the folder of a model or a Hub id such as user/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model} is no folder, and no model by that name can be reached on the Hub ({type(error).__name__}). "
+            "Fix: check the name, the connection, and for a private model `hf auth login`"
+        ) from error
 
 
 def read_json(file: Path, default: Any = None) -> Any:

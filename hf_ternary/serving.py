@@ -17,7 +17,7 @@ from tokenizers.normalizers import Sequence as Normalizers
 
 from .architectures import ARCHITECTURES, MODEL_TYPES, NativeEncoder, UnsupportedError, find_layout
 from .config import TernaryConfig
-from .files import read_json
+from .files import model_folder, read_json
 from .ops import backends
 
 _POOLINGS = {"mean": "mean", "cls": "first"}
@@ -35,15 +35,11 @@ def load(model: str | Path, revision: str | None = None, threads: int | None = N
         threads: that a call uses; default: as many as this process has CPUs.
 
     Raises:
-        ValueError: the model is not ternary, damaged, or of a kind that needs SentenceTransformer (the message says why).
+        ValueError: there is no such model, or it is not ternary, damaged, or of a kind that needs SentenceTransformer (the
+            message says why).
         ImportError: the C++ kernels are not built.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    return Encoder(folder, threads)
+    return Encoder(model_folder(str(model), ["*.json", "*.safetensors"], revision), threads)
 
 
 class Encoder:
@@ -68,11 +64,13 @@ class Encoder:
         options = read_json(folder / "config_sentence_transformers.json")
         self.prompts: dict[str, str] = options.get("prompts") or {}
         self.default_prompt_name: str | None = options.get("default_prompt_name")
+        self._truncate_dim: int | None = options.get("truncate_dim")
 
     @property
     def dimension(self) -> int:
         """Numbers of an embedding."""
-        return self._dense[-1].dimension if self._dense else self._native.hidden
+        width = self._dense[-1].dimension if self._dense else self._native.hidden
+        return min(width, self._truncate_dim or width)
 
     def encode(
         self,
@@ -103,17 +101,19 @@ class Encoder:
         prefix = self._prompt(prompt, prompt_name)
         if prefix:
             many = [prefix + text for text in many]
-        normalize = self._normalize if normalize is None else normalize
+        unit = self._normalize if normalize is None else normalize
         y = np.empty((len(many), self.dimension), np.float32)
         done = 0
         for ids in self._tokenize(many):
-            rows = self._native.embeddings(ids, self._pooling, normalize and not self._dense, self.threads)
+            rows = self._native.embeddings(ids, self._pooling, unit and not self._dense, self.threads)
             for dense in self._dense:
                 rows = dense(rows)
-            if normalize and self._dense:
-                rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-            y[done : done + len(ids)] = rows
+            if unit and self._dense:
+                rows = _unit(rows)
+            y[done : done + len(ids)] = rows[:, : self.dimension]
             done += len(ids)
+        if normalize and self._truncate_dim:  # the model's own Normalize comes before the cut, as in sentence-transformers
+            y = _unit(y)
         if not np.isfinite(y).all():
             raise ValueError(f"an embedding is not finite: the model holds numbers that are too large. {_RESAVE}")
         return y[0] if isinstance(texts, str) else y
@@ -146,14 +146,17 @@ class Encoder:
                 yield rows
 
 
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
 class _Dense:
     """sentence-transformers' module of that name: a matrix, a bias and an activation function, all in float32."""
 
     def __init__(self, folder: Path) -> None:
         options = read_json(folder / "config.json")
         name = str(options.get("activation_function", "Tanh")).rpartition(".")[2]
-        places = {options.get(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")}
-        if name not in ("Identity", "Tanh") or places != {"sentence_embedding"} or options.get("use_residual"):
+        if name not in ("Identity", "Tanh") or not _is_of_embedding(options) or options.get("use_residual"):
             raise UnsupportedError(
                 f"{folder} is no Dense module that hf_ternary.load knows: Identity or Tanh, of the embedding alone. "
                 "Fix: use SentenceTransformer"
@@ -173,6 +176,12 @@ class _Dense:
         return np.tanh(y) if self._tanh else y
 
 
+def _is_of_embedding(options: dict[str, Any]) -> bool:
+    """Whether a module reads and writes the embedding, and nothing else."""
+    names = [options.get(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")]
+    return names == ["sentence_embedding"] * 2
+
+
 def _modules(folder: Path) -> tuple[Path, str, list[_Dense], bool]:
     """From modules.json: the transformer's folder, the pooling, the Dense modules, and whether embeddings are normalized."""
     try:
@@ -180,7 +189,7 @@ def _modules(folder: Path) -> tuple[Path, str, list[_Dense], bool]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'modules.json'} is damaged ({error!r}). {_RESAVE}") from error
     kinds = [kind for kind, _ in modules]
-    normalize = kinds[-1:] == ["Normalize"]
+    normalize = kinds[-1:] == ["Normalize"] and _is_of_embedding(read_json(modules[-1][1] / "config.json"))
     dense = modules[2 : len(modules) - normalize]
     if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind, _ in dense):
         raise UnsupportedError(
@@ -245,7 +254,10 @@ def _read(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
                     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
                     arrays[name] = array
         except (SafetensorError, TypeError, AttributeError) as error:  # the last two: bfloat16, which numpy has not
-            raise ValueError(f"{path} cannot be read ({error}): damaged, or not saved in float32. {_RESAVE}") from error
+            raise ValueError(
+                f"{path} cannot be read ({error}): damaged, or not saved in float32. Fix: download it again, or save the "
+                'model again, loaded with model_kwargs={"dtype": "float32"}'
+            ) from error
     if not arrays:
         raise ValueError(f"{folder} holds no safetensors file. {_RESAVE}")
     return arrays

@@ -87,6 +87,13 @@ def test_quantize_a_sentence_transformer(tiny_sentence_transformer: Path, packed
     np.testing.assert_array_equal(made.encode(SENTENCES), expected.encode(SENTENCES))
 
 
+def test_quantize_half_precision_weights(run: Run, tmp_path: Path) -> None:
+    model = SentenceTransformer(str(save_tiny_bert(tmp_path / "bert")), device="cpu").half()
+    model.save_pretrained(str(tmp_path / "half"))
+    assert run("quantize", tmp_path / "half", tmp_path / "out").status == 0
+    hf_ternary.load(tmp_path / "out").encode(SENTENCES)  # which reads float32
+
+
 def test_quantize_with_texts_calibrates(tiny_sentence_transformer: Path, packed: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
     result = run("quantize", tiny_sentence_transformer, tmp_path / "out", "--texts", tmp_path / "texts.txt")
@@ -227,12 +234,23 @@ def test_encode_reads_lines(packed: Path, run: Run, tmp_path: Path, monkeypatch:
     assert from_stdin.out == from_file.out
 
 
+def test_encode_takes_a_line_as_a_text(packed: Path, run: Run, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one\u2028and the same\x0cline\r\n\ntwo\n", encoding="utf-8")
+    run("encode", packed, "-i", texts, "-o", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["text"] for row in rows] == ["one\u2028and the same\x0cline", "", "two"]
+
+
 def test_encode_names_bad_input(packed: Path, tiny_cross_encoder: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("")
     assert_is_one_line_error(run("encode", packed, "--input", tmp_path / "empty"), "there is no text", "Fix")
     assert_is_one_line_error(run("encode", packed, "--input", tmp_path / "none"), "none")
     assert_is_one_line_error(run("encode", packed, "a", "--output", tmp_path / "out.csv"), "out.csv", "Fix")
     assert_is_one_line_error(run("encode", tiny_cross_encoder, "a"), "CrossEncoder", "Fix")
+    assert_is_one_line_error(run("encode", packed, "a", "--input", tmp_path / "empty"), "both texts and --input", "Fix")
+    for device in ("foo", "cuda:77"):
+        assert_is_one_line_error(run("encode", packed, "a", "--device", device), device, "Fix: use one of cpu")
 
 
 def test_encode_never_writes_a_nan(packed: Path, run: Run, tmp_path: Path) -> None:

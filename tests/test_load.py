@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import hf_ternary
+from hf_ternary.architectures import UnsupportedError
 from hf_ternary.ops import backends
 
 from .conftest import SENTENCES, VOCAB_SIZE, save_sentence_transformer, tiny_tokenizer
@@ -36,6 +37,19 @@ def save_ternary(source: Path, path: Path) -> Path:
 def folder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real MiniLM, ternarized."""
     return save_ternary(minilm, tmp_path_factory.mktemp("minilm") / "ternary")
+
+
+@pytest.mark.parametrize("published", sorted((Path(__file__).parents[1] / "model_cards").iterdir()), ids=lambda p: p.name)
+def test_published_models_load(published: Path):
+    """With every supported version of the libraries: `make test-oldest`."""
+    from sentence_transformers import SentenceTransformer
+
+    of_images = (published / "preprocessor_config.json").exists()
+    if of_images:
+        pytest.importorskip("PIL")
+    model = SentenceTransformer(str(published), device="cpu")
+    if not of_images:
+        np.testing.assert_allclose(hf_ternary.load(published).encode(TEXTS), model.encode(TEXTS), atol=1e-6)
 
 
 @pytest.fixture
@@ -84,6 +98,35 @@ def test_settings_of_sentence_transformers_count(tiny: Path):
     np.testing.assert_allclose(ours.encode("a DOG", prompt=""), theirs.encode("a DOG", prompt=""), atol=1e-6)
     with pytest.raises(ValueError, match="prompt_name='document' is unknown"):
         ours.encode("a dog", prompt_name="document")
+
+
+@pytest.mark.parametrize("normalize", [None, True, False])
+def test_truncated_embeddings(normalize: bool | None, tiny: Path, tmp_path: Path):
+    from sentence_transformers import SentenceTransformer
+
+    shutil.copytree(tiny, tmp_path / "model")
+    settings = tmp_path / "model" / "config_sentence_transformers.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "truncate_dim": 8}))
+    ours, theirs = hf_ternary.load(tmp_path / "model"), SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    if theirs.truncate_dim is None:
+        pytest.skip("sentence-transformers before 6 does not save truncate_dim")
+    y = ours.encode(SENTENCES, normalize=normalize)
+    assert ours.dimension == y.shape[1] == 8
+    if normalize is not False:  # which sentence-transformers has no option for: its module normalizes
+        np.testing.assert_allclose(y, theirs.encode(SENTENCES, normalize_embeddings=bool(normalize)), atol=1e-6)
+
+
+def test_a_normalize_module_of_something_else_is_an_error(tiny: Path, tmp_path: Path):
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "2_Normalize" / "config.json").write_text('{"module_input_name": "token_embeddings"}')
+    with pytest.raises(UnsupportedError, match="consists of Transformer, Pooling, Normalize"):
+        hf_ternary.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("model", ["./no-such-model", "no/such/model", "tester/unknown"])
+def test_a_model_that_is_not_there(model: str):
+    with pytest.raises(ValueError, match=rf"^{model} is no folder.*Fix: "):
+        hf_ternary.load(model)
 
 
 def add_dense(source: Path, path: Path, *activations: Any) -> Path:
