@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .. import convert, encoder, quantizer
 from ..config import QUANT_METHOD, TernaryConfig
-from ..modules import FakeTernaryLinear, TernaryLinear
+from ..modules import FakeTernaryLinear, TernaryLinear, TiedEmbedding
 
 # Vision models whose embedding of an image is what their pooler makes of it.
 POOLED = ("clip_vision_model", "siglip_vision_model")
@@ -142,9 +142,18 @@ def make_student(
     transformer = transformer_of(student)
     ties = dict(transformer.all_tied_weights_keys)
     convert.fake_ternarize_model(transformer, config, ties, transformer._keep_in_fp32_modules or (), learned_scale)
+    for name, table in _second_names(transformer).items():  # a table under two names is trained, and saved, as one
+        convert.replace(transformer, name, TiedEmbedding(table))
     if attn_implementation is not None:
         transformer.set_attn_implementation(attn_implementation)
     return student
+
+
+def _second_names(transformer: PreTrainedModel) -> dict[str, Any]:
+    """{name of a table: the table that it is tied to}, as of T5's ``encoder.embed_tokens`` to ``shared``."""
+    ties = {a.rpartition(".")[0]: s.rpartition(".")[0] for a, s in transformer.all_tied_weights_keys.items()}
+    modules = dict(transformer.named_modules())
+    return {a: modules[s] for a, s in ties.items() if isinstance(modules.get(a), (nn.Embedding, TiedEmbedding))}
 
 
 @torch.no_grad()
@@ -157,7 +166,8 @@ def continue_from(student: SentenceTransformer, name: str, config: TernaryConfig
     Raises:
         ValueError: it is not ternary, was made with other options, or of a model of another shape.
     """
-    finished = transformer_of(SentenceTransformer(name, device="cpu"))
+    whole = SentenceTransformer(name, device="cpu")
+    finished = transformer_of(whole)
     made = getattr(finished.config, "quantization_config", None)
     if not isinstance(made, TernaryConfig):
         raise ValueError(f"student {name} is not ternary; leave `student` out to start from the teacher")
@@ -166,13 +176,21 @@ def continue_from(student: SentenceTransformer, name: str, config: TernaryConfig
     if differ:
         raise ValueError(f"student {name} was made with {', '.join(differ)}; give the same options")
     scales = {f"{key}.weight_scale": m.weight_scale for key, m in finished.named_modules() if isinstance(m, TernaryLinear)}
+    second_names = [f"{key}.weight" for key, m in transformer_of(student).named_modules() if isinstance(m, TiedEmbedding)]
     weights = convert.dequantize_model(finished).state_dict()
     trained = transformer_of(student).state_dict()
+    weights = {key: weight for key, weight in weights.items() if key not in second_names}
     weights |= {key: scale for key, scale in scales.items() if key in trained}
-    shapes, expected = ({key: x.shape for key, x in state.items()} for state in (weights, trained))
-    if odd := shapes.items() ^ expected.items():
-        raise ValueError(f"student {name} does not fit the teacher: {min(odd)[0]} is missing in one or has another shape")
+    # What stands behind the transformer, as a Dense module, was trained too.
+    behind, trained_behind = (nn.ModuleList(list(model)[1:]) for model in (whole, student))
+    for theirs, ours in ((weights, trained), (behind.state_dict(), trained_behind.state_dict())):
+        shapes, expected = ({key: x.shape for key, x in state.items()} for state in (theirs, ours))
+        if odd := shapes.items() ^ expected.items():
+            raise ValueError(
+                f"student {name} does not fit the teacher: {min(odd)[0]} is missing in one or has another shape"
+            )
     transformer_of(student).load_state_dict(weights)
+    trained_behind.load_state_dict(behind.state_dict())
 
 
 @torch.no_grad()
@@ -190,6 +208,10 @@ def pack_student(student: SentenceTransformer, config: TernaryConfig) -> Sentenc
     for module in transformer.modules():
         module._forward_hooks.clear()
     convert.pack_model(transformer)
+    for alias in convert.tie(transformer, transformer.all_tied_weights_keys):
+        del transformer.all_tied_weights_keys[alias]
+    for name, table in _second_names(transformer).items():  # what stayed float is an ordinary table again
+        convert.replace(transformer, name, table)
     transformer.config.output_hidden_states = False
     quantizer.mark_quantized(transformer, config)
     encoder.bind(transformer)

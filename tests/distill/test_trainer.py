@@ -17,6 +17,8 @@ from hf_ternary.distill import DistillArguments, distill
 from hf_ternary.distill.student import Encoder
 from hf_ternary.distill.trainer import last_checkpoint
 from hf_ternary.packing import unpack
+from tests.conftest import SENTENCES, tiny_tokenizer
+from tests.test_architectures import build
 
 Options = Callable[..., dict[str, Any]]
 
@@ -130,6 +132,33 @@ def test_a_finished_run_goes_on_with_more_steps(options: Options):
     assert (summary["steps"], summary["options"]["max_steps"]) == (10, 10)
 
 
+def test_a_checkpoint_of_another_run_is_refused(options: Options, teacher: Path, corpus_file: Path, tmp_path: Path):
+    run = options(max_steps=5)
+    distill(DistillArguments(**run))
+    other = SentenceTransformer(str(teacher), device="cpu")
+    other[0].auto_model.embeddings.LayerNorm.weight.data += 1
+    other.save_pretrained(str(tmp_path / "other"))
+    texts = tmp_path / "other.jsonl"
+    texts.write_text(corpus_file.read_text().replace("cat", "dog"))
+    for changes, told in (
+        ({"teacher": str(tmp_path / "other")}, "teacher"),
+        ({"learning_rate": 1e-3}, "learning_rate: 0.0005, not 0.001"),
+        ({"texts": [str(texts)]}, "source 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"checkpoint-5 is of a run with another {told}.*Fix: .*another output_dir"):
+            distill(DistillArguments(**{**run, "max_steps": 10, **changes}))
+    distill(DistillArguments(**{**run, "max_steps": 10, "logging_steps": 2}))
+
+
+def test_tokens_count_every_batch_of_a_step(options: Options):
+    run = options(max_steps=2, gradient_accumulation_steps=2, logging_steps=1)
+    distill(DistillArguments(**run))
+    one = options(max_steps=4, output_dir=f"{run['output_dir']}-4")
+    distill(DistillArguments(**one))
+    tokens = [json.loads((Path(r["output_dir"]) / "summary.json").read_text())["tokens"] for r in (run, one)]
+    assert tokens[0] == tokens[1]
+
+
 def test_two_processes_equal_one_with_the_same_whole_batch(options: Options, tmp_path: Path):
     """To 1e-5 of a weight: sums are added in another order. Plain SGD, as Adam would blow up rounding in tiny gradients."""
     changes = {
@@ -202,6 +231,41 @@ def test_a_finished_model_is_trained_further(options: Options, tmp_path: Path, l
     assert "| 1 | the full-precision weights, rounded | 12 |" in card
     assert "| 2 | run 1 | 12 |" in card
     assert any(not torch.equal(before, weights(second)[name]) for name, before in weights(first).items() if is_codes(before))
+
+
+def test_what_stands_behind_the_transformer_is_trained_further(options: Options, teacher: Path, tmp_path: Path):
+    try:
+        from sentence_transformers.sentence_transformer.modules import Dense
+    except ImportError:  # before sentence-transformers 6
+        from sentence_transformers.models import Dense
+
+    modules = [*SentenceTransformer(str(teacher), device="cpu"), Dense(32, 16)]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path / "dense"))
+    first = options(
+        teacher=str(tmp_path / "dense"), output_dir=str(tmp_path / "first"), learning_rate=0.01, embedding_bits=None
+    )
+    distill(DistillArguments(**first))
+    second = {**first, "output_dir": str(tmp_path / "second"), "student": str(tmp_path / "first" / "model")}
+    distill(DistillArguments(**second))
+    ends = [entry["eval_cosine"] for entry in log(first) if "eval_cosine" in entry]
+    assert log(second)[0]["eval_cosine"] == pytest.approx(ends[-1], abs=1e-5)
+    assert abs(ends[-1] - ends[0]) > 1e-3
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_table_under_two_names(bits: int | None, options: Options, tmp_path: Path):
+    build("T5 encoder", tmp_path / "t5")
+    tiny_tokenizer(tmp_path / "t5")
+    run = options(teacher=str(tmp_path / "t5"), embedding_bits=bits)
+    model = distill(DistillArguments(**run))
+    tables = sorted(name for name in weights(run) if "shared" in name or "embed_tokens" in name)
+    assert tables == (["shared.weight"] if bits is None else ["shared.weight", "shared.weight_scale"])
+    loaded = SentenceTransformer(f"{run['output_dir']}/model", device="cpu")
+    assert torch.allclose(torch.tensor(loaded.encode(SENTENCES)), torch.tensor(model.encode(SENTENCES)), atol=1e-6)
+    further = {**run, "student": f"{run['output_dir']}/model", "output_dir": str(tmp_path / "further"), "max_steps": 2}
+    distill(DistillArguments(**further))
+    end = json.loads((Path(run["output_dir"]) / "summary.json").read_text())["fidelity"]["eval_cosine"]
+    assert log(further)[0]["eval_cosine"] == pytest.approx(end, abs=0.02 if bits else 1e-5)  # the table is rounded anew
 
 
 def test_fixed_codes_stay_as_they_are(options: Options, tmp_path: Path):
@@ -280,6 +344,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
         ({"init": "compensated", "learned_scale": False}, "needs learned_scale"),
         ({"fixed_codes": True, "learned_scale": False}, "fixed_codes needs learned_scale"),
         ({"group_size": "row"}, "group_size='row'"),
+        ({"group_size": "tensor"}, "group_size='tensor' needs learned_scale: false"),
+        ({"lr_halvings": 2}, r"lr_halvings needs warmup_steps: 0, not 0\.05"),
+        ({"texts": "corpus.jsonl"}, r"texts='corpus\.jsonl' is no list"),
+        ({"layers": 3}, "layers=3 is no list"),
+        ({"passage_words": 40}, "passage_words=40 is no list"),
+        ({"calibration_texts": 0}, "calibration_texts=0"),
         ({"embedding_bits": 3}, "embedding_bits=3"),
         ({"layers": [7]}, "layers"),
     ],
