@@ -22,8 +22,9 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import set_seed
-from transformers.trainer_utils import SaveStrategy, SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
+from hf_ternary.distill.trainer import last_checkpoint
 from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.files import read_jsonl
 from hf_ternary.evaluation.report import compare, evaluate
@@ -112,7 +113,7 @@ def adapt(options: AdaptArguments) -> dict[str, Any]:
     longest, model.max_seq_length = model.max_seq_length, options.max_length or model.max_seq_length
     loss = MultipleNegativesRankingLoss(model, scale=options.scale)
     trainer = SentenceTransformerTrainer(model, options, train_dataset=pairs, loss=loss)
-    outcome = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if output.is_dir() else None)
+    outcome = trainer.train(resume_from_checkpoint=last_checkpoint(output))
     model.max_seq_length = longest
     model.eval()
     summary = {

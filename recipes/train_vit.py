@@ -28,9 +28,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SaveStrategy, SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ternary.distill.run import keep_freed_memory
+from hf_ternary.distill.trainer import last_checkpoint
 from hf_ternary.evaluation.files import read_labelled_images
 from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
 from options import parse
@@ -90,7 +91,7 @@ def train(options: VitArguments) -> dict[str, Any]:
         compute_metrics=accuracy,
         processing_class=processor,
     )
-    outcome = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if output.is_dir() else None)
+    outcome = trainer.train(resume_from_checkpoint=last_checkpoint(output))
     metrics = trainer.evaluate()
     trainer.save_model()
     summary = {

@@ -110,8 +110,18 @@ class DistillArguments(TrainingArguments):
         for name in ("passage_share", "gradual"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: use a number from 0 to 1")
+        for name in ("texts", "images", "layers", "passage_words", "relation_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (list, tuple)):
+                raise ValueError(f"{name}={value!r} is no list: use [{value}]")
+        if self.group_size == "tensor" and (self.learned_scale or self.init == "compensated"):
+            raise ValueError("group_size='tensor' needs learned_scale: false and init: rounded, which fit no scale to a row")
+        if self.calibration_texts < 1:
+            raise ValueError(f"calibration_texts={self.calibration_texts} is not allowed: use 1 or more")
         if self.lr_halvings < 0:
             raise ValueError(f"lr_halvings={self.lr_halvings} is not allowed: use 0 or more")
+        if self.lr_halvings and self.warmup_steps:
+            raise ValueError(f"lr_halvings needs warmup_steps: 0, not {self.warmup_steps}: it is a schedule of its own")
         if len(self.passage_words) != 2 or not 0 < self.passage_words[0] <= self.passage_words[1]:
             raise ValueError(f"passage_words={self.passage_words} is not allowed: give the shortest and the longest")
         if not any(self.loss_weights().values()) or min(self.loss_weights().values()) < 0:

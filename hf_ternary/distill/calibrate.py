@@ -67,6 +67,8 @@ def calibrate(
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts={texts!r} is no list of texts; give some hundreds of the kind that the model will embed")
     config, device = config or TernaryConfig(), device or get_device_name()
+    if config.group_size == "tensor":
+        raise ValueError("group_size='tensor' leaves no scale to fit to a row: use None, or a number of columns")
     teacher = load_teacher(model)
     data, collate = TokenizedTexts.of(texts, teacher), Collator(teacher.tokenizer.pad_token_id or 0)
     batches = [collate([data[int(i)] for i in index]) for index in by_length(data.lengths)]

@@ -2,6 +2,7 @@
 
 import ctypes
 import ctypes.util
+import json
 import logging
 import time
 from dataclasses import fields
@@ -46,6 +47,9 @@ TRAINER_OPTIONS = (
     "seed",
 )
 
+# What may change when a run goes on.
+LENGTH = ("max_steps", "num_train_epochs")
+
 
 def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTransformer:
     """Distil a ternary model, resuming from the last whole checkpoint of ``args.output_dir`` if there is one.
@@ -75,6 +79,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         continue_from(student, args.student, config)
 
     corpus = corpus or _read(args)
+    _check_run(args, corpus, output, checkpoint)
     train, held_out, collate = _images(teacher, corpus) if args.images else _texts(teacher, corpus, args.max_length)
     trainer = DistillTrainer(
         Encoder(student, args.relation_modules),
@@ -103,6 +108,28 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         save_pretrained(packed.cpu(), output / "model", base_model=base_model, training=summary)
         write_json(output / "summary.json", {"weights": weights(output / "model"), **summary})
     return packed
+
+
+def _check_run(args: DistillArguments, corpus: Corpus, output: Path, checkpoint: str | None) -> None:
+    """Refuse to go on from a checkpoint of another run, of any length; note in ``run.json`` what this one is made from."""
+    told = {**_options(args), **{f"source {i + 1}": source for i, source in enumerate(corpus.sources)}}
+    told |= {"teacher": weights(args.teacher), "student": weights(args.student) if args.student else None}
+    now = {key: value for key, value in json.loads(json.dumps(told)).items() if key not in LENGTH}
+    if checkpoint is not None:
+        then = read_json(Path(checkpoint).parent / "run.json")
+        differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+        if then and differ:
+            key = differ[0]
+            raise ValueError(
+                f"{checkpoint} is of a run with another {key}: {then.get(key)}, not {now.get(key)}. Fix: give the same, or "
+                "another output_dir"
+            )
+    if args.process_index == 0:
+        write_json(output / "run.json", now)
+
+
+def _options(args: DistillArguments) -> dict[str, Any]:
+    return {name: value for name, value in args.to_dict().items() if name in OWN_OPTIONS or name in TRAINER_OPTIONS}
 
 
 def _read(args: DistillArguments) -> Corpus:
@@ -145,12 +172,12 @@ def _summary(
     seconds: float,
 ) -> dict[str, Any]:
     """What the model was made from and how: enough to make it again."""
-    tokens = sum(int(train.lengths[batch].sum()) for batch in trainer.batches.batches[: trainer.state.global_step])
-    options = {name: value for name, value in args.to_dict().items() if name in OWN_OPTIONS or name in TRAINER_OPTIONS}
+    done = trainer.batches.batches[: trainer.state.global_step * args.gradient_accumulation_steps]
+    tokens = sum(int(train.lengths[batch].sum()) for batch in done)
     return {
         "teacher": args.base_model or Path(args.teacher).name,
         **({"student": weights(args.student), "earlier": _earlier_runs(args.student)} if args.student else {}),
-        "options": options,
+        "options": _options(args),
         "sources": corpus.sources,
         train.kind: {"train": len(corpus.train), "held_out": len(corpus.held_out)},
         "steps": trainer.state.global_step,

@@ -46,6 +46,8 @@ def read_corpus(
         passages = join_passages(texts, passage_share, passage_words, rng)
         corpus.add(passages, weight, -(-held_out // len(sources)), rng)
         corpus.sources.append({"source": Path(name).name, "texts": len(texts), "weight": weight, **fingerprint(name)})
+    unseen = set(corpus.held_out)  # another source may hold the same text
+    corpus.train = [text for text in corpus.train if text not in unseen]
     corpus.check("texts", sources, held_out)
     return corpus
 
@@ -68,7 +70,7 @@ def read_texts(source: str) -> list[str]:
         found = sorted(p for p in path.iterdir() if _kind(p) in TEXT_FILES)
         if not found:
             raise ValueError(f"{source} holds no text file; allowed: {', '.join(TEXT_FILES)}, gzipped or not")
-        return [text for file in found for text in read_texts(str(file))]
+        return list(dict.fromkeys(text for file in found for text in read_texts(str(file))))
     if _kind(path) not in TEXT_FILES:
         return _read_hub(source)
     if not path.is_file():

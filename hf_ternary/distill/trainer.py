@@ -106,10 +106,11 @@ class DistillTrainer(Trainer):
                 if parameter.requires_grad:
                     group = scales if name.endswith("weight_scale") else matrices if parameter.ndim > 1 else others
                     group.append(parameter)
+            scale_rate = args.learning_rate if args.scale_learning_rate is None else args.scale_learning_rate
             groups = [
                 {"params": matrices, "weight_decay": args.weight_decay},
                 {"params": others, "weight_decay": 0.0},
-                {"params": scales, "weight_decay": 0.0, "lr": args.scale_learning_rate or args.learning_rate},
+                {"params": scales, "weight_decay": 0.0, "lr": scale_rate},
             ]
             cls, options = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = cls([group for group in groups if group["params"]], **options)

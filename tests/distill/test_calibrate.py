@@ -152,6 +152,8 @@ def test_calibrating_needs_texts_and_a_float_model(teacher: Path, tmp_path: Path
     calibrate(teacher, make_texts(8), device="cpu").save_pretrained(str(tmp_path / "model"))
     with pytest.raises(ValueError, match="is ternary already"):
         calibrate(str(tmp_path / "model"), make_texts(8))
+    with pytest.raises(ValueError, match="group_size='tensor' leaves no scale"):
+        calibrate(teacher, make_texts(8), TernaryConfig(group_size="tensor"))
 
 
 @pytest.mark.parametrize("name", ["BERT", "ALBERT", "T5 encoder", "ModernBERT", "Qwen3"])

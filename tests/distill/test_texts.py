@@ -54,9 +54,10 @@ def test_bad_sources_are_named(tmp_path: Path, name: str, content: str | None, m
 
 def test_a_weight_is_a_number_of_passes(tmp_path: Path):
     path = write_jsonl(tmp_path / "a=b.jsonl", [f"text {i}" for i in range(100)])
+    other = write_jsonl(tmp_path / "other.jsonl", [f"other text {i}" for i in range(100)])
     counts = {}
     for weight in ("", "=0.5", "=2", "=0"):
-        corpus = read_corpus([f"{path}{weight}", f"{path}=1"], 20, 0.0, (5, 10), seed=0)
+        corpus = read_corpus([f"{path}{weight}", f"{other}=1"], 20, 0.0, (5, 10), seed=0)
         counts[weight] = len(corpus.train) - 90
         assert len(corpus.held_out) == 20
     assert counts == {"": 90, "=0.5": 45, "=2": 180, "=0": 0}
@@ -70,6 +71,16 @@ def test_held_out_texts_are_not_trained_on(tmp_path: Path):
     words = [set(" ".join(texts).split()) - {"text"} for texts in (corpus.train, corpus.held_out)]
     assert words[0] | words[1] == {str(i) for i in range(200)}
     assert not words[0] & words[1]
+
+
+def test_a_text_of_two_sources_is_held_out_of_both(tmp_path: Path):
+    texts = [f"text {i}" for i in range(200)]
+    files = [str(write_jsonl(tmp_path / name, texts)) for name in ("a.jsonl", "b.jsonl")]
+    for sources in (files, [str(tmp_path)]):
+        corpus = read_corpus(sources, 16, 0.0, (4, 12), seed=0)
+        assert len(corpus.held_out) == 16
+        assert not set(corpus.train) & set(corpus.held_out)
+    assert len(corpus.train) == 184  # a folder's texts are distinct
 
 
 def test_too_few_texts_to_hold_out(tmp_path: Path):
