@@ -52,7 +52,7 @@ def main(
         lines = read_texts(texts) if texts else []
         earlier = read_baseline(baseline) if baseline and baseline.endswith(".json") else None
         if earlier:
-            check_baseline(earlier["scores"], checked)
+            check_baseline(earlier, checked, languages=languages, **({"seed": seed} if data else {}))
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -63,6 +63,7 @@ def main(
             "max_seq_length": student.max_seq_length,
             "batch_size": batch_size,
             "weights": weights(model),
+            **({"languages": languages} if languages else {}),
         }
         scores = evaluate(student, checked, batch_size)
         if earlier:

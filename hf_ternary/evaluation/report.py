@@ -17,6 +17,9 @@ from .files import read_object
 
 Score = dict[str, Any]
 
+# Options of tasks that are measured on random draws.
+DRAWS = ("samples_per_label", "n_experiments")
+
 
 def evaluate(encoder: CachedEncoder, tasks: Sequence[AbsTask], batch_size: int = 64, progress: bool = True) -> list[Score]:
     """Scores of a model on tasks, one record a task.
@@ -41,15 +44,20 @@ def compare(scores: list[Score], baseline: list[Score]) -> list[Score]:
     """The scores with `baseline` and `retention` (score / baseline) beside each.
 
     Raises:
-        ValueError: a task is missing in the baseline, was run on other data, or its baseline score is not positive.
+        ValueError: a task is missing in the baseline, was run on other data or otherwise, or its score is not positive.
     """
-    return [{**record, **_retention(record, _same_task(baseline, record["task"], record["revision"]))} for record in scores]
+    return [{**record, **_retention(record, _same_task(baseline, record))} for record in scores]
 
 
-def check_baseline(baseline: list[Score], tasks: Sequence[AbsTask]) -> None:
-    """Raise at once the ValueError that `compare` would raise after the tasks have run, as far as it is known before."""
+def check_baseline(report: dict[str, Any], tasks: Sequence[AbsTask], **settings: Any) -> None:
+    """Raise a ValueError if the tasks, or one of `settings` by name, are others than those of the baseline's report."""
+    for name, value in settings.items():
+        if report.get(name) != value:
+            raise ValueError(
+                f"the baseline was measured with {name} {report.get(name)}, not {value}; run it again or give the same"
+            )
     for task in tasks:
-        _same_task(baseline, task.metadata.name, task.metadata.revision)
+        _same_task(report["scores"], _protocol(task, list(task.eval_splits)))
 
 
 def add_fidelity(scores: list[Score], student: CachedEncoder, teacher: CachedEncoder, seed: int) -> list[Score]:
@@ -124,14 +132,11 @@ def _evaluate_task(encoder: CachedEncoder, task: AbsTask, batch_size: int, progr
         raise ValueError(f"task {task.metadata.name}: {outcome.exceptions[0].exception}")
     result: Any = outcome.task_results[0]
     record: Score = {
-        "task": task.metadata.name,
+        **_protocol(task, list(result.scores)),
         "type": task.metadata.type,
         "metric": task.metadata.main_score,
         "score": float(result.get_score()),
         **_std(result),
-        **{option: getattr(task, option) for option in ("samples_per_label", "n_experiments") if hasattr(task, option)},
-        "splits": list(result.scores),
-        "revision": task.metadata.revision,
         "seconds": round(result.evaluation_time, 1),
     }
     if not np.isfinite(record["score"]):
@@ -151,13 +156,23 @@ def _std(result: Any) -> dict[str, float]:
     return {}
 
 
-def _same_task(baseline: list[Score], name: str, revision: str) -> Score:
-    record = next((r for r in baseline if r["task"] == name), None)
-    if record is None:
+def _protocol(task: AbsTask, splits: list[str]) -> Score:
+    """What two runs of a task must have in common."""
+    options = {name: getattr(task, name) for name in DRAWS if hasattr(task, name)}
+    return {"task": task.metadata.name, "revision": task.metadata.revision, "splits": sorted(splits), **options}
+
+
+def _same_task(baseline: list[Score], record: Score) -> Score:
+    name = record["task"]
+    found = next((r for r in baseline if r["task"] == name), None)
+    if found is None:
         raise ValueError(f"the baseline lacks task {name!r}; it has {', '.join(r['task'] for r in baseline)}")
-    if record["revision"] != revision:
+    if found["revision"] != record["revision"]:
         raise ValueError(f"task {name!r}: the baseline was measured on other data; run it again")
-    return record
+    for key in ("splits", *DRAWS):
+        if found.get(key) != record.get(key):
+            raise ValueError(f"task {name!r}: the baseline has {key} {found.get(key)}, not {record.get(key)}; run it again")
+    return found
 
 
 def _retention(record: Score, baseline: Score) -> dict[str, float]:

@@ -48,6 +48,8 @@ def test_retention_and_means() -> None:
         (BASELINE[:2], "the baseline lacks task 'c'; it has a, b"),
         ([*BASELINE[:2], record("c", "Retrieval", 0.4, "other")], "task 'c': the baseline was measured on other data"),
         ([*BASELINE[:2], record("c", "Retrieval", 0.0)], "task 'c': the baseline scores 0.0000"),
+        ([*BASELINE[:2], {**BASELINE[2], "splits": ["dev"]}], r"task 'c': the baseline has splits \['dev'\], not None"),
+        ([*BASELINE[:2], {**BASELINE[2], "n_experiments": 5}], "task 'c': the baseline has n_experiments 5, not None"),
     ],
 )
 def test_baselines_that_do_not_fit(baseline: list[dict[str, Any]], message: str) -> None:
@@ -58,9 +60,16 @@ def test_baselines_that_do_not_fit(baseline: list[dict[str, Any]], message: str)
 def test_a_baseline_is_checked_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "test.tsv").write_text("score\tsentence1\tsentence2\n1\ta0\ta90\n2\ta0\ta10\n")
     tasks = local_tasks(tmp_path)
-    check_baseline([record(tmp_path.name, "STS", 1, tasks[0].metadata.revision)], tasks)
-    with pytest.raises(ValueError, match="measured on other data"):
-        check_baseline([record(tmp_path.name, "STS", 1)], tasks)
+    score = {**record(tmp_path.name, "STS", 1, tasks[0].metadata.revision), "splits": ["test"]}
+    check_baseline({"scores": [score], "seed": 42}, tasks, seed=42, languages=None)
+    for report, message in (
+        ({"scores": [{**score, "revision": "other"}]}, "measured on other data"),
+        ({"scores": [{**score, "splits": ["dev"]}]}, r"has splits \['dev'\], not \['test'\]"),
+        ({"scores": [score], "seed": 7}, "measured with seed 7, not 42"),
+        ({"scores": [score], "seed": 42, "languages": ["eng"]}, r"with languages \['eng'\], not None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_baseline({"seed": 42, **report}, tasks, seed=42, languages=None)
 
 
 @pytest.mark.parametrize(
