@@ -83,8 +83,8 @@ def summary() -> str:
     ours, *others = (c for c in run["contenders"] if c["runtime"] in ("ternary", "onnxruntime", "openvino", "ctranslate2"))
     gains = [min(c["times_slower"][name]["median"] for c in others) for name in ("query", "short", "passage")]
     note = (
-        f"Mean score of {kinds['all']['tasks']} tasks by MTEB's protocols, and its share of float32's (the tasks' own shares "
-        f"have a mean of {100 * kinds['all']['retention']:.1f} %); calibrated on "
+        f"Mean score of {kinds['all']['tasks']} tasks by MTEB's protocols, and its share of float32's (the tasks' own "
+        f"shares have a mean of {100 * kinds['all']['retention']:.1f} %); calibrated on "
         f"{calibrated['calibration']['texts']:,} texts, without training; all with "
         f"`{calibrated['calibration']['config']}`. {setting(student)}. On {run['threads']} threads one query takes "
         f"{ours['milliseconds']['query']['median']:.2f} ms: {gains[0]:.1f} times as fast as the best int8 of ONNX "
