@@ -48,12 +48,14 @@ class _Packed(nn.Module):
     weight_scale: torch.Tensor
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # Seen as integers the scale is moved but never cast.
-        self.weight_scale = self.weight_scale.view(torch.int32)
+        # Seen as integers the scale is moved but never cast. What is not moved stays the same tensor, so that an encoder
+        # that was made of it holds: sentence-transformers before 6 calls to() in every encode().
+        scale = self.weight_scale
+        integers = self.weight_scale = scale.view(torch.int32)
         try:
             return super()._apply(fn, recurse)
         finally:
-            self.weight_scale = self.weight_scale.view(torch.float32)
+            self.weight_scale = scale if self.weight_scale is integers else self.weight_scale.view(torch.float32)
 
 
 class TernaryLinear(_Packed, nn.Linear):

@@ -512,6 +512,16 @@ def test_a_changed_weight_is_noticed(bert: Any):
     assert_same_embeddings(bert, batch([5]))
 
 
+def test_a_move_to_where_it_is_keeps_the_encoder(bert: Any):
+    """sentence-transformers before 6 calls to() in every encode()."""
+    native(bert, batch([5]))
+    made = encoder._state(bert)
+    for move in (lambda: bert.to("cpu"), lambda: bert.to(torch.float32), bert.cpu):
+        move()
+        assert encoder._state(bert) is made
+    assert all(m.weight_scale.dtype == torch.float32 for m in bert.modules() if isinstance(m, TernaryLinear))
+
+
 def test_eval_reaches_every_module(bert: Any):
     bert.encoder.layer[0].train()
     assert not bert.eval().encoder.layer[0].training
