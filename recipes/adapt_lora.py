@@ -1,6 +1,6 @@
 """Adapt a packed ternary model to a domain: LoRA adapters on its frozen weights, trained on pairs of texts.
 
-    accelerate launch recipes/adapt_lora.py --config recipes/configs/lora/cranfield.yaml [--any_field value ...]
+    python recipes/adapt_lora.py --config recipes/configs/lora/cranfield.yaml [--any_field value ...]
 
 A flag overrides the yaml file. Run it again after a stop: it goes on from the last checkpoint in output_dir. In the end
 `output_dir/adapter` holds the adapter alone, a few hundred kB that every copy of the model can load:
@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
-from hf_ternary.distill.trainer import last_checkpoint
+from hf_ternary.distill.trainer import claim, last_checkpoint
 from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.files import read_jsonl
 from hf_ternary.evaluation.report import compare, evaluate
@@ -113,24 +113,24 @@ def adapt(options: AdaptArguments) -> dict[str, Any]:
     longest, model.max_seq_length = model.max_seq_length, options.max_length or model.max_seq_length
     loss = MultipleNegativesRankingLoss(model, scale=options.scale)
     trainer = SentenceTransformerTrainer(model, options, train_dataset=pairs, loss=loss)
-    outcome = trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    adapter = {"rank": options.rank, "alpha": options.alpha, "target_modules": options.target_modules}
+    told = {
+        "source": "/".join(Path(options.pairs).parts[-2:]),
+        "columns": [options.anchor, options.positive],
+        "count": len(pairs),
+        "sha256": hashlib.sha256(repr(pairs[:]).encode()).hexdigest(),
+    }
+    setting = {"learning_rate": options.learning_rate, "max_length": options.max_length, "seed": options.seed}
+    checkpoint = last_checkpoint(output)
+    claim(output, checkpoint, {"model": base, "adapter": adapter, "pairs": told, **setting}, options.process_index == 0)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
     model.max_seq_length = longest
     model.eval()
     summary = {
         "model": options.base_model or Path(options.model).name,
         "weights": base,
-        "adapter": {
-            "rank": options.rank,
-            "alpha": options.alpha,
-            "target_modules": options.target_modules,
-            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        },
-        "pairs": {
-            "source": "/".join(Path(options.pairs).parts[-2:]),
-            "columns": [options.anchor, options.positive],
-            "count": len(pairs),
-            "sha256": hashlib.sha256(repr(pairs[:]).encode()).hexdigest(),
-        },
+        "adapter": {**adapter, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)},
+        "pairs": told,
         "training": {
             "steps": outcome.global_step,
             "batch": options.train_batch_size * options.world_size,

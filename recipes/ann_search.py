@@ -119,7 +119,7 @@ def main(
             "batch_size": batch_size,
             "clock": "CPU time" if threads == 1 else "wall time",
             "models": [measure(each, each, index or INDEXES, collection, clock) for each in both],
-            "student_in_teacher_index": measure(*both, ["Flat"], collection, clock),
+            "student_in_teacher_index": measure(*both, ["Flat"], collection, clock, truth=both[0]),
             **provenance(seed, (*PACKAGES, "faiss-cpu", "pytrec-eval-terrier")),
             "load": _load(),
         }
@@ -177,9 +177,16 @@ def embed(name: str, collection: Collection, batch_size: int, cache: Path | None
 
 
 def measure(
-    indexed: Embedded, asking: Embedded, indexes: Iterable[str], collection: Collection, clock: Clock
+    indexed: Embedded,
+    asking: Embedded,
+    indexes: Iterable[str],
+    collection: Collection,
+    clock: Clock,
+    truth: Embedded | None = None,
 ) -> dict[str, Any]:
     """The documents of one model, the queries of the same or another: a record for every index and setting.
+
+    Recall is against exact search with the queries of ``truth`` [those of ``asking``].
 
     Raises:
         ValueError: embeddings of different lengths, or an index that faiss cannot build.
@@ -189,7 +196,7 @@ def measure(
         raise ValueError(
             f"{indexed.model} gives {vectors.shape[1]} dimensions and {asking.model} {asked.shape[1]}: it is not its student"
         )
-    exact = _exact(vectors, asked)
+    exact = _exact(vectors, (truth or asking).queries)
     points = []
     for factory in track([_factory(i, vectors) for i in indexes], f"Searching {asking.model}"):
         try:

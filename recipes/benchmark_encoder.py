@@ -74,6 +74,8 @@ def main(
     quick: Annotated[bool, typer.Option(help="few texts: does it work?")] = False,
     output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
 ) -> None:
+    if not (model / "config.json").exists():
+        raise typer.BadParameter(f"{model} is no model folder: use one such as model_cards/all-MiniLM-L6-v2-ternary")
     everyone = contenders(model, teacher, {"onnxruntime": onnx, "openvino": openvino, "ctranslate2": ctranslate2})
     share = 0.02 if quick else 1
     work = workloads(sentences(), share) if reads_text(model) else image_workloads(model, share)

@@ -96,7 +96,7 @@ def main(
         raise typer.BadParameter("torch sees no GPU: run this on a machine with one, or with --device cpu")
     torch.manual_seed(seed)
     result = {**provenance(seed, (*PACKAGES, "triton", "torchao")), "capabilities": capabilities(), "repeats": repeats}
-    result |= _earlier(output, result["hardware"]["gpu"])
+    result |= _earlier(output, result)
     console.print(result["hardware"], result["versions"], result["capabilities"]["gpus"])
     shapes = sorted({shape for name in names for shape in linear_shapes(name)})
     if check:
@@ -123,13 +123,17 @@ def main(
         raise SystemExit(1)
 
 
-def _earlier(output: Path | None, gpu: str | None) -> dict[str, Any]:
-    """What an earlier run on the same kind of GPU measured."""
+def _earlier(output: Path | None, now: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run of the same code on the same kind of GPU measured."""
     if output is None or not output.exists():
         return {"limits": {}, "cells": []}
     earlier = json.loads(output.read_text(encoding="utf-8"))
-    if earlier["hardware"]["gpu"] != gpu:
-        raise typer.BadParameter(f"{output} was measured on {earlier['hardware']['gpu']}, this is {gpu}: name another file")
+    for what, (then, here) in {
+        "GPU": (earlier["hardware"]["gpu"], now["hardware"]["gpu"]),
+        **{key: (earlier[key], now[key]) for key in ("commit", "versions", "seed", "repeats")},
+    }.items():
+        if then != here:
+            raise typer.BadParameter(f"{output} was measured with {what} {then}, this is {here}: name another file")
     return {"limits": earlier["limits"], "cells": [cell for cell in earlier["cells"] if not cell["errors"]]}
 
 

@@ -1,6 +1,6 @@
 """Distil a ternary model from an encoder of texts or images, on unlabelled data.
 
-    accelerate launch recipes/distill.py --config recipes/configs/minilm.yaml [--any_field value ...]
+    python recipes/distill.py --config recipes/configs/minilm.yaml [--any_field value ...]
 
 A flag overrides the yaml file. Run it again after a stop: it goes on from the last checkpoint in output_dir.
 """

@@ -43,6 +43,7 @@ from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_j
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 TRAINING_VECTORS = 64  # for every list of the index
+BLOCK_VECTORS = 1_000_000  # quantized into one file, before the files are merged
 
 Vectors = NDArray[np.float32]
 
@@ -67,12 +68,12 @@ def main(
             texts = read_corpus(corpus, split)
         columns = _columns(texts, column)
         shards = math.ceil(len(texts) / shard_size)
+        encoder = SentenceTransformer(model, device=str(state.device))
         if state.is_main_process:
             _claim(output, {"weights": weights(model), **_describe(texts, columns), "shard_size": shard_size})
         found = sum(_shard(output, number).exists() for number in range(shards))
         state.wait_for_everyone()
 
-        encoder = SentenceTransformer(model, device=str(state.device))
         start = time.perf_counter()
         mine = range(state.process_index, shards, state.num_processes)
         for number in track(mine, "Encoding shards", disable=not state.is_main_process):
@@ -213,14 +214,17 @@ def build_index(shards: list[Path], factory: str | None, folder: Path, texts: in
     try:
         index = faiss.index_factory(first.shape[1], factory)
         every = max(1, texts // (TRAINING_VECTORS * faiss.extract_index_ivf(index).nlist))
-        index.train(np.concatenate([read_shard(path)[1][::every] for path in track(shards, "Reading training vectors")]))
+        some = [read_shard(path)[1][::every].copy() for path in track(shards, "Reading training vectors")]
+        index.train(np.concatenate(some))
         trained = partial / "trained.faiss"
         faiss.write_index(index, str(trained))
-        blocks = [partial / f"{path.stem}.faiss" for path in shards]
-        for path, block in track(list(zip(shards, blocks, strict=True)), "Quantizing shards"):
-            part = faiss.read_index(str(trained))
-            rows, vectors = read_shard(path)
-            part.add_with_ids(vectors, rows)
+        size = max(1, BLOCK_VECTORS // len(first))  # each block repeats the index's centroids
+        blocks = [partial / f"block-{start:06}.faiss" for start in range(0, len(shards), size)]
+        for number, block in enumerate(track(blocks, "Quantizing shards")):
+            part = faiss.read_index(str(trained), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+            for path in shards[number * size : (number + 1) * size]:
+                rows, vectors = read_shard(path)
+                part.add_with_ids(vectors, rows)
             faiss.write_index(part, str(block))
         merge_ondisk(index, [str(block) for block in blocks], str(partial / "lists.ivfdata"))
         faiss.write_index(index, str(partial / "index.faiss"))

@@ -58,6 +58,7 @@ def main(
 
         student = CachedEncoder(SentenceTransformer(model))
         teacher = CachedEncoder(SentenceTransformer(baseline)) if baseline and not earlier else None
+        baseline_weights = weights(baseline) if baseline and teacher else {}
         report: dict[str, Any] = {
             "model": name or _label(model),
             "max_seq_length": student.max_seq_length,
@@ -72,7 +73,7 @@ def main(
         if teacher and baseline:
             scores = compare(scores, evaluate(teacher, new_tasks(), batch_size))
             scores = add_fidelity(scores, student, teacher, seed)
-            report |= {"baseline": _label(baseline), "baseline_weights": weights(baseline)}
+            report |= {"baseline": _label(baseline), "baseline_weights": baseline_weights}
             if texts:
                 vectors = [encoder.model.encode(lines, batch_size=batch_size) for encoder in (student, teacher)]
                 report["fidelity"] = {"file": texts.name, **fidelity(*vectors, seed)}

@@ -44,6 +44,8 @@ def main(
     seconds: Annotated[float, typer.Option(help="of calls in a turn, and of sampling by perf")] = 0.5,
     output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
 ) -> None:
+    if not (model / "config.json").exists():
+        raise typer.BadParameter(f"{model} is no model folder: use one such as model_cards/all-MiniLM-L6-v2-ternary")
     macs, counts = linear_macs(model), threads or sorted({1, os.cpu_count() or 1})
     runs = []
     for count in counts:

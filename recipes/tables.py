@@ -139,8 +139,9 @@ def encoder() -> str:
     note = (
         f"One query, {work['short']['texts']:,} sentences, {work['passage']['texts']} passages, of {', '.join(lengths[:2])} "
         f"and {lengths[2]} tokens on average, tokenizer included; in brackets, times as slow as ternary, the median of "
-        f"{result['rounds']} turns. Start (to the first embedding) and peak memory are of fresh processes, medians of "
-        f"{result['starts']}. Rows without sentence-transformers use `tokenizers`, the runtime and numpy. Cosine to the "
+        f"{result['rounds']} turns that differ by up to {spread(run)}. Start (to the first embedding) and peak memory are "
+        f"of fresh processes, medians of {result['starts']}. Rows without sentence-transformers use `tokenizers`, the "
+        "runtime and numpy. Cosine to the "
         f"float32 model on these texts, from Python's documentation.{other} The published model keeps "
         f"{100 * kept(mean):.1f} % of its teacher's mean score on {mean['tasks']} tasks. Its linear layers are "
         f"{', '.join(shares[:2])} and {shares[2]} of the multiply-adds that vpdpbusd can do in the time of the whole call. "
@@ -155,14 +156,18 @@ def of_the_limit(run: dict[str, Any]) -> list[str]:
     return [f"{100 * rate / run['peak_gmacs']:.0f} %" for rate in run["gmacs"].values()]
 
 
+def spread(run: dict[str, Any]) -> str:
+    """How much the slowest turn of a contender differs from its fastest, at most: a share of the median."""
+    return f"{100 * max(times['spread'] for each in run['contenders'] for times in each['milliseconds'].values()):.0f} %"
+
+
 def mpnet_encoder() -> str:
     """The same for all-mpnet-base-v2: speed only, its weights are not trained."""
     result = results("encoder-all-mpnet-base-v2")
     run, work = max(result["runs"], key=lambda run: run["threads"]), result["workloads"]
     shares = of_the_limit(run)
-    spread = max(times["spread"] for each in run["contenders"] for times in each["milliseconds"].values())
     note = (
-        f"The columns as above, {result['rounds']} turns that differ by up to {100 * spread:.0f} %, {result['starts']} "
+        f"The columns as above, {result['rounds']} turns that differ by up to {spread(run)}, {result['starts']} "
         "starts. The weights are not distilled: this is about speed, which depends on shapes alone. Linear layers: "
         f"{', '.join(shares[:2])} and {shares[2]} of the multiply-adds that vpdpbusd can do in the time of the whole call. "
         f"{run['threads']} threads, {setting(result)}."

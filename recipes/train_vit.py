@@ -1,6 +1,6 @@
 """Fine-tune an image encoder to classify images: a teacher for recipes/distill.py that knows your classes.
 
-    accelerate launch recipes/train_vit.py --config recipes/configs/vit/cifar10.yaml [--any_field value ...]
+    python recipes/train_vit.py --config recipes/configs/vit/cifar10.yaml [--any_field value ...]
 
 A flag overrides the yaml file. Run it again after a stop: it goes on from the last checkpoint in output_dir. In the end
 `output_dir` holds the classifier, `output_dir/model` its encoder as a SentenceTransformer (an image's embedding is its class
@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ternary.distill.run import keep_freed_memory
-from hf_ternary.distill.trainer import last_checkpoint
+from hf_ternary.distill.trainer import claim, last_checkpoint
 from hf_ternary.evaluation.files import read_labelled_images
 from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
 from options import parse
@@ -91,12 +91,17 @@ def train(options: VitArguments) -> dict[str, Any]:
         compute_metrics=accuracy,
         processing_class=processor,
     )
-    outcome = trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    source = {"source": Path(options.images).name, **{split: len(images) for split, images in data.items()}}
+    setting = {name: getattr(options, name) for name in ("learning_rate", "weight_decay", "smallest_crop", "seed")}
+    checkpoint = last_checkpoint(output)
+    made_from = {"model": weights(options.model), "images": source, "classes": names, **setting}
+    claim(output, checkpoint, made_from, options.process_index == 0)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     summary = {
         "model": Path(options.model).name,
-        "images": {"source": Path(options.images).name, **{split: len(images) for split, images in data.items()}},
+        "images": source,
         "classes": names,
         "accuracy": metrics["eval_accuracy"],
         "training": {

@@ -2,7 +2,6 @@
 
 import ctypes
 import ctypes.util
-import json
 import logging
 import time
 from dataclasses import fields
@@ -23,7 +22,7 @@ from .health import plot
 from .images import ImageCollator, Images, read_images
 from .student import Encoder, continue_from, fix_codes, load_teacher, make_student, pack_student, transformer_of
 from .texts import Collator, TokenizedTexts, read_corpus
-from .trainer import DistillTrainer, last_checkpoint
+from .trainer import DistillTrainer, claim, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         continue_from(student, args.student, config)
 
     corpus = corpus or _read(args)
-    _check_run(args, corpus, output, checkpoint)
+    claim(output, checkpoint, _made_from(args, corpus), args.process_index == 0)
     train, held_out, collate = _images(teacher, corpus) if args.images else _texts(teacher, corpus, args.max_length)
     trainer = DistillTrainer(
         Encoder(student, args.relation_modules),
@@ -110,22 +109,12 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
     return packed
 
 
-def _check_run(args: DistillArguments, corpus: Corpus, output: Path, checkpoint: str | None) -> None:
-    """Refuse to go on from a checkpoint of another run, of any length; note in ``run.json`` what this one is made from."""
-    told = {**_options(args), **{f"source {i + 1}": source for i, source in enumerate(corpus.sources)}}
-    told |= {"teacher": weights(args.teacher), "student": weights(args.student) if args.student else None}
-    now = {key: value for key, value in json.loads(json.dumps(told)).items() if key not in LENGTH}
-    if checkpoint is not None:
-        then = read_json(Path(checkpoint).parent / "run.json")
-        differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
-        if then and differ:
-            key = differ[0]
-            raise ValueError(
-                f"{checkpoint} is of a run with another {key}: {then.get(key)}, not {now.get(key)}. Fix: give the same, or "
-                "another output_dir"
-            )
-    if args.process_index == 0:
-        write_json(output / "run.json", now)
+def _made_from(args: DistillArguments, corpus: Corpus) -> dict[str, Any]:
+    """What decides the outcome of a run but its length."""
+    options = {name: value for name, value in _options(args).items() if name not in LENGTH}
+    sources = {f"source {number}": source for number, source in enumerate(corpus.sources, 1)}
+    student = {"student": weights(args.student)} if args.student else {}
+    return {**options, **sources, "teacher": weights(args.teacher), **student}
 
 
 def _options(args: DistillArguments) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..evaluation.results import write_json
+from ..files import read_json
 from . import losses
 from .arguments import DistillArguments
 from .data import TokenBatches, by_length
@@ -290,3 +292,22 @@ def last_checkpoint(folder: Path) -> str | None:
             logger.warning("%s is not whole; it is removed", checkpoint)
             shutil.rmtree(checkpoint, ignore_errors=True)
     return str(max(found)[1]) if found else None
+
+
+def claim(folder: Path, checkpoint: str | None, made_from: dict[str, Any], write: bool = True) -> None:
+    """Note in ``run.json`` what the run in ``folder`` is made from, and refuse to resume the checkpoint of another run.
+
+    Raises:
+        ValueError: something else made ``checkpoint``; the message names the first difference.
+    """
+    now = json.loads(json.dumps(made_from))
+    then = read_json(Path(checkpoint).parent / "run.json") if checkpoint else {}
+    differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    if then and differ:
+        what = differ[0]
+        raise ValueError(
+            f"{checkpoint} is of a run with another {what}: {then.get(what)}, not {now.get(what)}. Fix: give the same, or "
+            "another output_dir"
+        )
+    if write:
+        write_json(folder / "run.json", now)

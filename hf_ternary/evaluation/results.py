@@ -55,11 +55,7 @@ def weights(model: str | Path) -> dict[str, Any]:
     """
     folder = Path(model)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        # sentence-transformers' shorthand for its own models
-        repository = str(model) if "/" in str(model) else f"sentence-transformers/{model}"
-        folder = Path(snapshot_download(repository, allow_patterns=["*.safetensors"], local_files_only=True))
+        folder = _cached(str(model))
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
         return {}
@@ -67,6 +63,21 @@ def weights(model: str | Path) -> dict[str, Any]:
     for file in files:
         digest.update(file.read_bytes())
     return {"bytes": sum(file.stat().st_size for file in files), "sha256": digest.hexdigest()}
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    # sentence-transformers calls its own models by a short name; so does transformers some very old ones.
+    names = [name] if "/" in name else [f"sentence-transformers/{name}", name]
+    for candidate in names:
+        try:
+            return Path(snapshot_download(candidate, allow_patterns=["*.safetensors"], local_files_only=True))
+        except LocalEntryNotFoundError:
+            if candidate == names[-1]:
+                raise
+    raise AssertionError
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

@@ -73,6 +73,20 @@ def test_weights(tmp_path: Path) -> None:
     assert weights(tmp_path)["sha256"] != found["sha256"]
 
 
+def test_weights_of_models_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sentence-transformers' short names, and the names without an organisation that old models have."""
+    for repository in ("sentence-transformers--short", "old"):
+        folder = tmp_path / f"models--{repository}"
+        (folder / "snapshots" / "a").mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("a")
+        save_file({"x": np.zeros(len(repository), np.float32)}, folder / "snapshots" / "a" / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert weights("short") == weights("sentence-transformers/short") != weights("old")
+    with pytest.raises(OSError, match="cached snapshot"):
+        weights("unknown")
+
+
 def test_write_json_is_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.json"
     write_json(path, {"score": 0.5})

@@ -99,6 +99,7 @@ def test_a_stopped_run_goes_on(run: Run, tmp_path: Path) -> None:
     whole = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     last = tmp_path / "run" / "checkpoint-10"
     last.rename(tmp_path / "gone")  # as if killed after the first epoch
+    last.mkdir()  # and while writing the second one's checkpoint
     assert run(*flags)["training"]["steps"] == 10
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 

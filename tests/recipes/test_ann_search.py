@@ -75,7 +75,8 @@ def test_a_labelled_corpus(tiny_sentence_transformer: Path, student: Path, beir:
     mixed = report["student_in_teacher_index"]
     assert (mixed["weights"], mixed["encode"]) == (ternary["weights"], teacher["encode"])
     (point,) = mixed["indexes"]
-    assert (point["index"], point["recall_at_10"]) == ("Flat", 1)
+    assert point["index"] == "Flat"
+    assert 0.3 < point["recall_at_10"] < 1  # of what the teacher's own queries find
     assert 0.5 < point["ndcg_at_10"] <= 1  # the same texts, but embedded by two models
     assert point["total_bytes"] == ternary["weights"]["bytes"] + point["index_bytes"]
 

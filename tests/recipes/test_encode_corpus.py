@@ -116,7 +116,8 @@ def test_a_kill_in_the_middle_costs_no_shard_and_repeats_none(model: Path, corpu
     assert not distances.any()
 
 
-def test_the_index_by_default_is_ivf_pq(tmp_path: Path) -> None:
+def test_the_index_by_default_is_ivf_pq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode_corpus, "BLOCK_VECTORS", 1500)  # three shards, then one
     vectors = np.random.default_rng(0).standard_normal((2000, 32), dtype=np.float32)
     paths = [tmp_path / f"{n}.parquet" for n in range(4)]
     for n, path in enumerate(paths):

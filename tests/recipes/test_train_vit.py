@@ -74,6 +74,7 @@ def test_a_stopped_run_goes_on(run: Run, tmp_path: Path) -> None:
     run("--num_train_epochs", 2)
     first, last = (tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors" for step in (4, 8))
     last.parent.rename(tmp_path / "gone")  # as if killed after the first epoch
+    last.parent.mkdir()  # and while writing the second one's checkpoint
     before = first.stat().st_mtime_ns
     assert run("--num_train_epochs", 2)["training"]["steps"] == 8
     assert first.stat().st_mtime_ns == before
