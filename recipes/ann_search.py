@@ -214,6 +214,7 @@ def measure(
         "dimensions": vectors.shape[1],
         "encode": indexed.encode,
         "query_ms": asking.query_ms,
+        "recall_against": (truth or asking).model,
         "indexes": points,
     }
 
