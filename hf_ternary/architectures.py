@@ -29,6 +29,7 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 WIDEST_HEAD = 1024
+BUCKETS = 32  # of the distances in MPNet
 LONGEST, UNLIMITED = 2**17, 2**40  # tokens: of a table of rotations, and of anything
 Arrays = Mapping[str, np.ndarray]
 
@@ -267,6 +268,9 @@ class NativeEncoder:
         layers = [architecture.layer.format(i) for i in range(count)]
         intermediate = self._intermediate(architecture, layers[0])
         self.positions = self._positions(architecture, config)
+        # RoBERTa's kin, which know padding by its id, count positions from the one after it.
+        before = 0 if architecture.padding is None else 1 + int(get(architecture.padding))
+        self.longest = self.positions - before
         self._norm_bias = get("norm_bias") is not False
         norms: list[str | None] = [f"{layer}.{name}" for layer in layers for name in architecture.norms]
         first_norm = None
@@ -324,12 +328,14 @@ class NativeEncoder:
         """Pooled embeddings, float32 ``[len(ids), hidden]``, of the token ids of several sequences.
 
         Raises:
-            ValueError: an id without a row in the token table, or a sequence longer than the positions.
+            ValueError: a sequence without ids, an id without a row in the token table, or a sequence that is too long.
         """
         y = np.empty((len(ids), self.hidden), np.float32)
+        if not all(ids):
+            raise ValueError("a text has no token: the tokenizer adds none of its own. Fix: leave empty texts out")
         if not self._native.embeddings(ids, pooling, normalize, y.ctypes.data, threads):
             raise ValueError(
-                f"a text has a token id outside the table, or more tokens than the model's {self.positions} positions. "
+                f"a text has a token id outside the table, or more than the {self.longest} tokens that the model takes. "
                 "Fix: use the tokenizer that belongs to the model, or a smaller max_seq_length"
             )
         return y
@@ -360,7 +366,7 @@ class NativeEncoder:
             return table.ctypes.data, 0, len(table), 1, 32, 1.0
         codes, scale = self._array(f"{name}.weight", np.uint8), self._array(f"{name}.weight_scale")
         bits = next((b for b in (2, 4, 8) if codes.ndim == 2 and codes.shape[1] == -(-self.hidden * b // 8)), None)
-        if bits is None or scale.ndim != 2 or len(scale) != len(codes) or self.hidden % max(scale.shape[1], 1):
+        if bits is None or scale.ndim != 2 or len(scale) != len(codes) or not _divides(scale.shape[1], self.hidden):
             raise ValueError(
                 f"{name} has codes {codes.shape} and scales {scale.shape}, which do not fit {self.hidden} columns"
             )
@@ -384,7 +390,10 @@ class NativeEncoder:
         """Of every layer: the tokens that one sees before and after it, and the address of the rotations or 0."""
         if not architecture.rotary:
             return [(UNLIMITED, 0 if architecture.causal else UNLIMITED, 0)] * layers
-        window = {"full_attention": UNLIMITED, "sliding_attention": int(architecture.get(config, "local_attention")) // 2}
+        local = int(architecture.get(config, "local_attention"))
+        if local < 0:
+            raise ValueError(f"local_attention={local} in config.json is not allowed: use 0 or more")
+        window = {"full_attention": UNLIMITED, "sliding_attention": local // 2}
         kinds, rope = config.get("layer_types") or [], config.get("rope_parameters") or {}
         width, tables = self.hidden // self.heads, {}
         for kind in set(kinds):
@@ -441,10 +450,14 @@ class NativeEncoder:
         """T5's relative-position biases as MPNet uses them, by distance: address of ``[heads, 2 * positions + 1]``."""
         if name is None:
             return 0
-        table, reach = self._array(f"{name}.weight"), self.positions
+        table, reach = self._array(f"{name}.weight", shape=(BUCKETS, self.heads)), self.positions
         bias = np.ascontiguousarray(table[distance_buckets(reach)].T)
         self._read.append(bias)
         return bias.ctypes.data
+
+
+def _divides(parts: int, whole: int) -> bool:
+    return 0 < parts <= whole and whole % parts == 0
 
 
 def check(config: Mapping[str, Any], architecture: Architecture, hidden: int, heads: int) -> None:
@@ -457,7 +470,7 @@ def check(config: Mapping[str, Any], architecture: Architecture, hidden: int, he
     kind = config.get("position_embedding_type") or "absolute"
     if kind != "absolute":
         raise UnsupportedError(f"position_embedding_type is {kind!r}, not 'absolute'")
-    if hidden % heads or hidden // heads > WIDEST_HEAD:
+    if not _divides(heads, hidden) or hidden // heads > WIDEST_HEAD:
         raise UnsupportedError(f"{heads} heads do not divide {hidden} columns into heads of at most {WIDEST_HEAD}")
     epsilon = architecture.get(config, architecture.epsilon)
     if not 0 <= epsilon < 1:
@@ -479,7 +492,7 @@ def _stack(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def distance_buckets(reach: int, count: int = 32, farthest: int = 128) -> np.ndarray:
+def distance_buckets(reach: int, count: int = BUCKETS, farthest: int = 128) -> np.ndarray:
     """T5's buckets of the distances key - query from ``-reach`` to ``reach``: small ones exactly, then logarithmically."""
     distance = np.arange(-reach, reach + 1)
     half = count // 2

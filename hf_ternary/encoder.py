@@ -214,6 +214,8 @@ def _may_serve(module: Any, inputs: dict[str, Any]) -> bool:
         return False
     if mask is None:
         return True
+    if type(mask) is not torch.Tensor:  # ModernBERT takes a dict of masks
+        return False
     return _is_plain(mask, device, mask.dtype, 2) and not mask.is_floating_point() and mask.shape == source.shape
 
 
@@ -302,9 +304,10 @@ class _State:
         return same and [tensor._version for tensor in self._tensors] == self._versions
 
     def _read(self) -> list[Any]:
-        """Parameters, buffers, submodules, hooks and replaced forwards."""
+        """Parameters, buffers, submodules, hooks, replaced forwards, and who trains."""
         forwards = map(dict.get, self._attributes, repeat("forward"))
-        return [*chain.from_iterable(map(dict.values, self._tables)), *forwards]
+        training = map(dict.get, self._attributes, repeat("training"))
+        return [*chain.from_iterable(map(dict.values, self._tables)), *forwards, *training]
 
 
 def _make(
@@ -366,6 +369,8 @@ def _obstacle(modules: list[nn.Module], device: torch.device) -> str | None:
         return f"the backend is 'reference': {choice.reason}"
     if _hooked(modules):
         return "a submodule has a forward hook or a replaced forward"
+    if any(m.training for m in modules[1:] if not isinstance(m, (TernaryLinear, QuantizedEmbedding))):
+        return "a submodule is in training mode"
     dtypes = _DEVICES[device.type][1]
     dtype = getattr(modules[0], "dtype", None)  # of the first parameter
     dtype = dtype if dtype in dtypes else dtypes[0]

@@ -60,7 +60,7 @@ class Encoder:
         widths = [self._native.hidden, *(dense.dimension for dense in self._dense)]
         if widths[:-1] != [dense.inputs for dense in self._dense]:
             raise ValueError(f"{folder}: a Dense module reads another width than the module before it gives. {_RESAVE}")
-        self._tokenizer, self.max_seq_length = _tokenizer(transformer, config)
+        self._tokenizer, self.max_seq_length = _tokenizer(transformer, config, self._native.longest)
         options = read_json(folder / "config_sentence_transformers.json")
         self.prompts: dict[str, str] = options.get("prompts") or {}
         self.default_prompt_name: str | None = options.get("default_prompt_name")
@@ -263,8 +263,8 @@ def _read(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
     return arrays
 
 
-def _tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, int]:
-    """The tokenizer, which cuts texts, and the most tokens that it lets pass."""
+def _tokenizer(folder: Path, config: dict[str, Any], longest: int) -> tuple[Tokenizer, int]:
+    """The tokenizer, which cuts texts, and the most tokens that it lets pass: at most ``longest``."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UnsupportedError(f"{path} is missing; hf_ternary.load reads no other tokenizer. Fix: use SentenceTransformer")
@@ -281,5 +281,5 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, int]:
         rest = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = Normalizers([Lowercase(), *rest])
     tokenizer.no_padding()
-    tokenizer.enable_truncation(int(length))
-    return tokenizer, int(length)
+    tokenizer.enable_truncation(min(int(length), longest))
+    return tokenizer, min(int(length), longest)

@@ -254,6 +254,22 @@ def test_rotation_and_windows(kernel: str, tmp_path: Path, monkeypatch: pytest.M
         assert (other - found[0]).abs().max() > 4e-3  # twice the tolerance
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("model_type", ["bert", "modernbert", "clip_text_model"])
+def test_a_query_of_zeros_sees_what_it_may_and_no_more(
+    model_type: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(backends, "choose", lambda: backends.Choice(kernel, True, ""))
+    model = make(tmp_path, model_type, **({"local_attention": 12} if model_type == "modernbert" else {}))
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryLinear) and name.endswith(("query", "q_proj", "Wqkv")):
+            rows = len(module.weight) // (3 if name.endswith("Wqkv") else 1)
+            module.weight_scale[:rows] = 0
+            if module.bias is not None:
+                module.bias.data[:rows] = 0
+    assert_same_embeddings(model, batch([3, 20, 45]))
+
+
 def test_a_long_text(tmp_path: Path):
     options = {"max_position_embeddings": 8192, "local_attention": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
     model = make(tmp_path, "modernbert", **options)
@@ -422,6 +438,27 @@ def test_works_in_a_forked_child(bert: Any):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_model_bound_in_a_forked_child(bert: Any):
+    """Binding shares torch's OpenMP threads with the native code, which a child of fork does not have."""
+    bert.pooler = None
+    inputs = batch([5, 60])
+    expected = native(bert, inputs)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's
+        signal.alarm(30)
+        try:
+            encoder._states.clear()
+            encoder.bind(bert)
+            os._exit(0 if torch.equal(native(bert, inputs), expected) else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
 # Fallbacks: the result is the module-wise one, bit for bit.
 
 
@@ -491,6 +528,25 @@ def test_a_hook_on_a_submodule_runs(bert: Any):
     assert seen
     hook.remove()
     native(bert, batch([5]))
+
+
+def test_a_submodule_in_training_falls_back(bert: Any):
+    """As in Monte Carlo dropout: the dropouts alone are in training mode."""
+    native(bert, batch([5]))
+    for module in bert.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    with torch.inference_mode():
+        assert encoder._forward(bound(bert), batch([5])) is None
+        assert not torch.equal(bert(**batch([5])).last_hidden_state, bert(**batch([5])).last_hidden_state)
+    native(bert.eval(), batch([5]))
+
+
+def test_a_dict_of_masks_falls_back(tmp_path: Path):
+    model = make(tmp_path, "modernbert")
+    masks = {"full_attention": None, "sliding_attention": None}
+    with torch.inference_mode():
+        assert encoder._forward(bound(model), {**batch([5]), "attention_mask": masks}) is None
 
 
 def test_an_adapter_falls_back(bert: Any):

@@ -282,6 +282,24 @@ def test_a_damaged_file_is_an_error(tiny: Path, cut: int):
         hf_ternary.load(tiny)
 
 
+def test_a_text_without_tokens_is_an_error(tiny: Path):
+    """A tokenizer that adds no special tokens makes nothing of an empty text."""
+    file = tiny / "tokenizer.json"
+    edit(file, post_processor=None)
+    model = hf_ternary.load(tiny)
+    for texts in ("", ["a dog", ""], ["", "a dog"], ["a " * 60, "", "a dog"]):
+        with pytest.raises(ValueError, match=r"a text has no token.*Fix: leave empty texts out"):
+            model.encode(texts)
+    assert model.encode(["a dog"]).shape == (1, 32)
+
+
+@pytest.mark.parametrize("heads", [0, -4, 33])
+def test_impossible_heads_are_an_error(heads: int, tiny: Path):
+    edit(tiny / "config.json", num_attention_heads=heads)
+    with pytest.raises(ValueError, match=f"{heads} heads do not divide 32 columns"):
+        hf_ternary.load(tiny)
+
+
 def test_too_small_a_vocabulary_is_an_error(tiny: Path, folder: Path):
     shutil.copy(folder / "tokenizer.json", tiny)
     with pytest.raises(ValueError, match="a token id outside the table"):

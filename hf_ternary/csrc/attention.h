@@ -156,6 +156,8 @@ HF_TERNARY_INLINE void find_highest(const AttentionOperands& o, std::int64_t hea
       Isa::store(scores + j, Isa::add(score, load_some<Isa>(bias + j, o.tokens - j)));
     }
     s.slope = 1.0f;
+  } else if (s.slope < 0x1p-60f) {  // a query of zeros: hidden keys stay far below the others
+    s.slope = 0x1p-60f;
   }
   for (std::int64_t j = s.begin; j < s.first; ++j) scores[j] = -1e30f;
   for (std::int64_t j = s.last; j < s.end; ++j) scores[j] = -1e30f;

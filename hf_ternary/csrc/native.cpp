@@ -110,12 +110,13 @@ bool hidden_states(const Encoder& encoder, const std::int64_t* ids, const std::i
   return true;
 }
 
-// y float32 [ids.size(), hidden]; false, and y unwritten: an id out of range.
+// y float32 [ids.size(), hidden]; false, and y unwritten: an id out of range, or a sequence without any.
 bool embeddings(const Encoder& encoder, const std::vector<std::vector<std::int64_t>>& ids, Pooling how, bool normalize,
                 float* y, int threads) {
   std::vector<Sequence> sequences;
   sequences.reserve(ids.size());
   for (const std::vector<std::int64_t>& row : ids) {
+    if (row.empty()) return false;
     sequences.push_back({row.data(), nullptr, nullptr, 0, static_cast<std::int64_t>(row.size()), y});
     y += encoder.hidden();
   }

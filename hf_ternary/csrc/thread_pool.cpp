@@ -27,7 +27,14 @@ void pause() {
 
 // Never destroyed: its threads may outlive every destructor of the process.
 std::atomic<ThreadPool*> pool{nullptr};
-ThreadPool::OpenMp openmp{};
+std::atomic<const ThreadPool::OpenMp*> openmp{nullptr};
+bool forked = false;  // an OpenMP runtime may wait forever for threads that only the parent has
+
+struct SharedJob {
+  void (*help)(void* job, int thread);
+  void* job;
+  int (*thread_number)();
+};
 
 }  // namespace
 
@@ -37,7 +44,8 @@ ThreadPool& ThreadPool::instance() {
 #ifndef _WIN32
     pthread_atfork(nullptr, nullptr, [] {  // threads, OpenMP's too, exist only in the parent
       pool = new ThreadPool;
-      openmp = {};
+      openmp = nullptr;
+      forked = true;
     });
 #endif
     return true;
@@ -48,7 +56,7 @@ ThreadPool& ThreadPool::instance() {
 
 void ThreadPool::share(OpenMp runtime) {
   instance();  // sees to it that a fork ends the sharing
-  openmp = runtime;
+  if (!forked) openmp = new OpenMp(runtime);
 }
 
 void ThreadPool::Job::start(int threads, std::int64_t tasks, decltype(function) function, void* work) {
@@ -69,11 +77,16 @@ void ThreadPool::Job::help(int thread) {
 
 void ThreadPool::run(int threads, std::int64_t tasks, decltype(Job::function) function, void* work) {
   threads = static_cast<int>(std::min<std::int64_t>({threads, tasks, kMaxThreads}));
-  if (threads > 1 && openmp.parallel) {
+  if (const OpenMp* runtime = openmp; threads > 1 && runtime) {
     Job job;
     job.start(threads, tasks, function, work);
-    openmp.parallel([](void* job) { static_cast<Job*>(job)->help(openmp.thread_number()); }, &job,
-                    static_cast<unsigned>(threads), 0);
+    SharedJob shared{[](void* job, int thread) { static_cast<Job*>(job)->help(thread); }, &job, runtime->thread_number};
+    runtime->parallel(
+        [](void* argument) {
+          const SharedJob& shared = *static_cast<SharedJob*>(argument);
+          shared.help(shared.job, shared.thread_number());
+        },
+        &shared, static_cast<unsigned>(threads), 0);
     return;
   }
   std::unique_lock<std::mutex> mine(busy_, std::defer_lock);
