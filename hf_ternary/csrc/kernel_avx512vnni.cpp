@@ -7,7 +7,7 @@
 // Layout: panels of 16 outputs, strips of 32. Trade-off: N is padded to 32 in memory.
 #include "kernel.h"
 
-#if defined(__AVX512VNNI__) || (defined(_MSC_VER) && defined(__AVX512F__))
+#if defined(__AVX512VNNI__) || (defined(_MSC_VER) && !defined(__clang__) && defined(__AVX512F__))
 
 #include <immintrin.h>
 

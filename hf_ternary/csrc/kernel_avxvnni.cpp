@@ -4,7 +4,7 @@
 // Layout: as kernel_avx2.cpp. Trade-off: 16 registers hold 4 rows x 2 panels beside the packed codes.
 #include "kernel.h"
 
-#if defined(__AVXVNNI__) || (defined(_MSC_VER) && defined(__AVX2__))
+#if defined(__AVXVNNI__) || (defined(_MSC_VER) && !defined(__clang__) && defined(__AVX2__))
 
 #include "isa_avx2.h"
 

@@ -6,6 +6,10 @@
 
 #include "tile.h"
 
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+#endif
+
 namespace hf_ternary {
 namespace {
 

@@ -23,7 +23,7 @@ if _choice.backend != "reference":
 elif not _choice.forced:
     warnings.warn(
         f"hf_ternary: {_choice.reason}, so the slower torch reference runs. Fix: install a C++ compiler, then "
-        f"{backends.REINSTALL}",
+        f"{backends.REINSTALL} (-v shows why a build failed)",
         RuntimeWarning,
         stacklevel=2,
     )
