@@ -66,12 +66,12 @@ class TernaryHfQuantizer(HfQuantizer):
             layers = self._empty([model.get_submodule(module) for module in modules], name, header)
             for module, layer in zip(modules, layers, strict=True):
                 convert.replace(model, module, layer)
-        self._release(model, convert.tie(model, _ties(model)))
+        release(model, convert.tie(model, _ties(model)))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             convert.ternarize_model(model, self.quantization_config, _ties(model), model._keep_in_fp32_modules or ())
-            self._release(model, convert.tie(model, _ties(model)))
+            release(model, convert.tie(model, _ties(model)))
         for name, module in model.named_modules():
             if isinstance(module, (TernaryLinear, QuantizedEmbedding)):
                 _check_loaded(name, module)
@@ -87,8 +87,8 @@ class TernaryHfQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype)
         assert not isinstance(dtype, str)
         convert.dequantize_model(model, dtype or model.dtype)
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        model.tie_weights()
+        model.all_tied_weights_keys.update(getattr(model, "hf_ternary_ties", {}))
+        model.tie_weights(recompute_mapping=False)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -127,14 +127,14 @@ class TernaryHfQuantizer(HfQuantizer):
             return [QuantizedEmbedding.empty_like(m, bits, groups) for m in modules]
         return [TernaryLinear.empty_like(m, groups, self.quantization_config.activation) for m in modules]
 
-    @staticmethod
-    def _release(model: PreTrainedModel, aliases: list[str]) -> None:
-        """Tell transformers that ``aliases`` are no tied parameters any more: they own no tensor."""
-        for alias in aliases:
-            model.all_tied_weights_keys.pop(alias, None)
-
 
 _RESAVE = "The file is damaged or was not written by hf_ternary. Fix: download it again or save the model again"
+
+
+def release(model: PreTrainedModel, aliases: list[str]) -> None:
+    """Tell transformers that ``aliases``, which own no tensor now, are no tied parameters until the model is dequantized."""
+    ties = {alias: model.all_tied_weights_keys.pop(alias) for alias in aliases if alias in model.all_tied_weights_keys}
+    vars(model).setdefault("hf_ternary_ties", {}).update(ties)
 
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:

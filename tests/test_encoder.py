@@ -255,19 +255,22 @@ def test_rotation_and_windows(kernel: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("model_type", ["bert", "modernbert", "clip_text_model"])
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
 def test_a_query_of_zeros_sees_what_it_may_and_no_more(
     model_type: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(backends, "choose", lambda: backends.Choice(kernel, True, ""))
-    model = make(tmp_path, model_type, **({"local_attention": 12} if model_type == "modernbert" else {}))
+    window = {"local_attention": 12} if model_type == "modernbert" else {}
+    model = make(tmp_path, model_type, initializer_range=0.1, **window)
     for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear) and name.endswith(("query", "q_proj", "Wqkv")):
+        if isinstance(module, TernaryLinear) and name.endswith(("query", "Wqkv")):
             rows = len(module.weight) // (3 if name.endswith("Wqkv") else 1)
             module.weight_scale[:rows] = 0
             if module.bias is not None:
                 module.bias.data[:rows] = 0
-    assert_same_embeddings(model, batch([3, 20, 45]))
+    inputs = batch([3, 20, 45])
+    ours, theirs = (embed(states(model, inputs), inputs["attention_mask"]) for states in (native, module_wise))
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)  # what is hidden would move them by 0.05 and more
 
 
 def test_a_long_text(tmp_path: Path):

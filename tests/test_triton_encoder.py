@@ -290,7 +290,7 @@ def ptx(tokens, dtype):
     model = ternarize_model(MPNetModel(MPNetConfig(num_hidden_layers=1, vocab_size=99, **sizes)), TernaryConfig())
     encoder.bind(model)
     with torch.inference_mode():
-        native = encoder._state(model.to(dtype)).native
+        native = encoder._state(model.eval().to(dtype)).native
         native.hidden_states(torch.zeros(1, tokens, dtype=torch.int64), None, None)
     return list(compiled)
 

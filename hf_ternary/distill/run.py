@@ -46,8 +46,8 @@ TRAINER_OPTIONS = (
     "seed",
 )
 
-# What may change when a run goes on.
-LENGTH = ("max_steps", "num_train_epochs")
+# What may change when a run goes on: its length, and how it is computed.
+CHANGEABLE = ("max_steps", "num_train_epochs", "attn_implementation", "calibration_texts")
 
 
 def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTransformer:
@@ -111,7 +111,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
 
 def _made_from(args: DistillArguments, corpus: Corpus) -> dict[str, Any]:
     """What decides the outcome of a run but its length."""
-    options = {name: value for name, value in _options(args).items() if name not in LENGTH}
+    options = {name: value for name, value in _options(args).items() if name not in CHANGEABLE}
     sources = {f"source {number}": source for number, source in enumerate(corpus.sources, 1)}
     student = {"student": weights(args.student)} if args.student else {}
     return {**options, **sources, "teacher": weights(args.teacher), **student}

@@ -208,8 +208,7 @@ def pack_student(student: SentenceTransformer, config: TernaryConfig) -> Sentenc
     for module in transformer.modules():
         module._forward_hooks.clear()
     convert.pack_model(transformer)
-    for alias in convert.tie(transformer, transformer.all_tied_weights_keys):
-        del transformer.all_tied_weights_keys[alias]
+    quantizer.release(transformer, convert.tie(transformer, transformer.all_tied_weights_keys))
     for name, table in _second_names(transformer).items():  # what stayed float is an ordinary table again
         convert.replace(transformer, name, table)
     transformer.config.output_hidden_states = False
