@@ -358,9 +358,12 @@ def _processor(src: str, model: "nn.Module") -> Any:
         return None
 
 
+def _read_stdin() -> str:
+    return "" if sys.stdin.isatty() else sys.stdin.read()
+
+
 def _read_texts(path: Path) -> list[str]:
-    from_stdin = str(path) == "-"
-    content = path.read_text(encoding="utf-8") if not from_stdin else "" if sys.stdin.isatty() else sys.stdin.read()
+    content = _read_stdin() if str(path) == "-" else path.read_text(encoding="utf-8")
     lines = content.removesuffix("\n").split("\n") if content else []  # splitlines() also splits at U+2028 and others
     if not lines:
         raise ValueError("there is no text. Fix: give texts as arguments, in the file of --input or on standard input")

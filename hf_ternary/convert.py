@@ -179,6 +179,13 @@ def tie(model: nn.Module, ties: Mapping[str, str]) -> list[str]:
     return done
 
 
+def aliases(model: nn.Module) -> dict[str, str]:
+    """What :func:`tie` pointed at quantized tables, as names of parameters: {alias: source}."""
+    name_of = {module: name for name, module in model.named_modules()}
+    tied = ((name, module) for module, name in name_of.items() if isinstance(module, (TiedEmbedding, TiedLinear)))
+    return {f"{name}.weight": f"{name_of[module._source[0]]}.weight" for name, module in tied}
+
+
 def _convert(
     model: nn.Module,
     config: TernaryConfig,

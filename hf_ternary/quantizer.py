@@ -83,11 +83,11 @@ class TernaryHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        if isinstance(dtype, str):  # which save_pretrained leaves in the config
-            dtype = getattr(torch, dtype)
-        assert not isinstance(dtype, str)
-        convert.dequantize_model(model, dtype or model.dtype)
-        model.all_tied_weights_keys.update(getattr(model, "hf_ternary_ties", {}))
+        wanted: Any = dtype or model.dtype
+        ties = convert.aliases(model)
+        # save_pretrained leaves the dtype's name in the config
+        convert.dequantize_model(model, getattr(torch, wanted) if isinstance(wanted, str) else wanted)
+        model.all_tied_weights_keys.update(ties)
         model.tie_weights(recompute_mapping=False)
         return model
 
@@ -132,9 +132,9 @@ _RESAVE = "The file is damaged or was not written by hf_ternary. Fix: download i
 
 
 def release(model: PreTrainedModel, aliases: list[str]) -> None:
-    """Tell transformers that ``aliases``, which own no tensor now, are no tied parameters until the model is dequantized."""
-    ties = {alias: model.all_tied_weights_keys.pop(alias) for alias in aliases if alias in model.all_tied_weights_keys}
-    vars(model).setdefault("hf_ternary_ties", {}).update(ties)
+    """Tell transformers that ``aliases`` are no tied parameters any more: they own no tensor."""
+    for alias in aliases:
+        model.all_tied_weights_keys.pop(alias, None)
 
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:

@@ -281,5 +281,6 @@ def _tokenizer(folder: Path, config: dict[str, Any], longest: int) -> tuple[Toke
         rest = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = Normalizers([Lowercase(), *rest])
     tokenizer.no_padding()
-    tokenizer.enable_truncation(min(int(length), longest))
-    return tokenizer, min(int(length), longest)
+    length = min(int(length), longest)
+    tokenizer.enable_truncation(length)
+    return tokenizer, length

@@ -63,7 +63,7 @@ class Workload:
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="folder of a packed model")],
+    model: Annotated[Path, typer.Argument(help="folder of a packed model", exists=True, file_okay=False)],
     teacher: Annotated[str | None, typer.Option(help="folder or Hub id of the float32 model")] = None,
     onnx: Annotated[list[Path] | None, typer.Option(help="ONNX file of the teacher; repeatable")] = None,
     openvino: Annotated[list[Path] | None, typer.Option(help="OpenVINO .xml file of the teacher; repeatable")] = None,
@@ -74,8 +74,6 @@ def main(
     quick: Annotated[bool, typer.Option(help="few texts: does it work?")] = False,
     output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
 ) -> None:
-    if not (model / "config.json").exists():
-        raise typer.BadParameter(f"{model} is no model folder: use one such as model_cards/all-MiniLM-L6-v2-ternary")
     everyone = contenders(model, teacher, {"onnxruntime": onnx, "openvino": openvino, "ctranslate2": ctranslate2})
     share = 0.02 if quick else 1
     work = workloads(sentences(), share) if reads_text(model) else image_workloads(model, share)

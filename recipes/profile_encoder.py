@@ -38,14 +38,12 @@ LEAST = 0.01  # share of the samples below which a function is not told
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="folder of a packed model")],
+    model: Annotated[Path, typer.Argument(help="folder of a packed model", exists=True, file_okay=False)],
     threads: Annotated[list[int] | None, typer.Option(min=1, help="thread counts; repeatable (default: 1 and all)")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="turns of every length")] = 7,
     seconds: Annotated[float, typer.Option(help="of calls in a turn, and of sampling by perf")] = 0.5,
     output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
 ) -> None:
-    if not (model / "config.json").exists():
-        raise typer.BadParameter(f"{model} is no model folder: use one such as model_cards/all-MiniLM-L6-v2-ternary")
     macs, counts = linear_macs(model), threads or sorted({1, os.cpu_count() or 1})
     runs = []
     for count in counts:

@@ -149,6 +149,8 @@ def test_a_table_of_another_kind_stays_float(tmp_path):
     packed = hf.OPTModel.from_pretrained(tmp_path, quantization_config=TernaryConfig())
     assert count(packed, QuantizedEmbedding) == 1  # not the positions, which are counted from the mask
     assert packed(torch.arange(3, 9)[None]).last_hidden_state.isfinite().all()
+    with pytest.raises(ValueError, match=r"OPTLearnedPositionalEmbedding does more than look up rows\. Fix"):
+        QuantizedEmbedding.from_float(packed.decoder.embed_positions, 8)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

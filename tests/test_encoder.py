@@ -529,6 +529,20 @@ def test_a_submodule_in_training_falls_back(bert: Any):
     native(bert.eval(), batch([5]))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "damage", "why"),
+    [
+        ("modernbert", lambda m: setattr(m.config, "local_attention", -4), "local_attention=-4"),
+        ("mpnet", lambda m: setattr(m.config, "num_attention_heads", 8), r"relative_attention_bias.weight has shape"),
+        ("bert", lambda m: m.embeddings.word_embeddings.register_buffer("weight_scale", torch.empty(200, 0)), "do not fit"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_told(model_type: str, damage: Any, why: str, tmp_path: Path):
+    model = make(tmp_path, model_type)
+    damage(model)
+    assert why in encoder.explain(model)[""]
+
+
 def test_a_dict_of_masks_falls_back(tmp_path: Path):
     model = make(tmp_path, "modernbert")
     masks = {"full_attention": None, "sliding_attention": None}

@@ -29,6 +29,7 @@ from hf_ternary.hub import push_to_hub, save_pretrained
 
 from .conftest import SENTENCES, tiny_tokenizer
 from .hub_server import TOKEN, HubServer
+from .test_architectures import build
 
 KINDS = ["SentenceTransformer", "CrossEncoder", "SparseEncoder", "BertModel"]
 PACKED = {"quantization_config": TernaryConfig()}
@@ -100,13 +101,10 @@ def test_modules_are_named_as_every_version_of_sentence_transformers_knows_them(
 
 
 def test_layers_that_a_file_holds_stacked(tmp_path: Path) -> None:
-    if not hasattr(transformers, "NomicBertModel"):
-        pytest.skip(f"transformers {transformers.__version__} has no NomicBertModel")
-    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    transformers.NomicBertModel(transformers.NomicBertConfig(vocab_size=200, **options)).save_pretrained(tmp_path / "float")
-    model = transformers.NomicBertModel.from_pretrained(tmp_path / "float", **PACKED)
+    model_class = build("NomicBERT", tmp_path / "float")
+    model = model_class.from_pretrained(tmp_path / "float", **PACKED)
     folder = save_pretrained(model, tmp_path / "packed")
-    again, ids = transformers.NomicBertModel.from_pretrained(folder), torch.arange(3, 9)[None]
+    again, ids = model_class.from_pretrained(folder), torch.arange(3, 9)[None]
     assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
@@ -434,7 +432,7 @@ def test_the_card_names_a_base_model_on_the_hub(tiny_bert: Path, online: Callabl
 
 
 def test_the_card_of_a_ternary_model_from_the_hub_names_its_float_model(
-    tiny_bert: Path, tmp_path: Path, online: Callable[..., Any], hub: HubServer
+    tiny_bert: Path, online: Callable[..., Any], hub: HubServer
 ) -> None:
     online(_push_float, tiny_bert, "tester/float", "5GB")
     online(_push_from_hub, "tester/float", "tester/ternary")

@@ -107,9 +107,9 @@ def test_truncated_embeddings(normalize: bool | None, tiny: Path, tmp_path: Path
     shutil.copytree(tiny, tmp_path / "model")
     settings = tmp_path / "model" / "config_sentence_transformers.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "truncate_dim": 8}))
-    ours, theirs = hf_ternary.load(tmp_path / "model"), SentenceTransformer(str(tmp_path / "model"), device="cpu")
-    if theirs.truncate_dim is None:
-        pytest.skip("sentence-transformers before 6 does not save truncate_dim")
+    ours = hf_ternary.load(tmp_path / "model")
+    # sentence-transformers before 6 does not read it from the files
+    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu", truncate_dim=8)
     y = ours.encode(SENTENCES, normalize=normalize)
     assert ours.dimension == y.shape[1] == 8
     if normalize is not False:  # which sentence-transformers has no option for: its module normalizes
@@ -284,8 +284,7 @@ def test_a_damaged_file_is_an_error(tiny: Path, cut: int):
 
 def test_a_text_without_tokens_is_an_error(tiny: Path):
     """A tokenizer that adds no special tokens makes nothing of an empty text."""
-    file = tiny / "tokenizer.json"
-    edit(file, post_processor=None)
+    edit(tiny / "tokenizer.json", post_processor=None)
     model = hf_ternary.load(tiny)
     for texts in ("", ["a dog", ""], ["", "a dog"], ["a " * 60, "", "a dog"]):
         with pytest.raises(ValueError, match=r"a text has no token.*Fix: leave empty texts out"):

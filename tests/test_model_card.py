@@ -150,7 +150,7 @@ def test_license_and_language_are_the_base_models(minilm: Path, folder: Path) ->
     assert data.base_model is None  # a folder is no name on the Hub
 
 
-def test_a_damaged_card_of_the_source_is_as_none(folder: Path, tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_damaged_card_of_the_source_is_as_none(folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "README.md").write_text("---\ntitle: a: b\n---\n# A model\n")

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,15 +70,10 @@ def _cached(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # sentence-transformers calls its own models by a short name; so does transformers some very old ones.
-    names = [name] if "/" in name else [f"sentence-transformers/{name}", name]
-    for candidate in names:
-        try:
-            return Path(snapshot_download(candidate, allow_patterns=["*.safetensors"], local_files_only=True))
-        except LocalEntryNotFoundError:
-            if candidate == names[-1]:
-                raise
-    raise AssertionError
+    if "/" not in name:  # sentence-transformers' short name of its own model, or a very old model
+        with suppress(LocalEntryNotFoundError):
+            return _cached(f"sentence-transformers/{name}")
+    return Path(snapshot_download(name, allow_patterns=["*.safetensors"], local_files_only=True))
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
