@@ -108,6 +108,22 @@ def _native_class(base: Any) -> Any:
             modules += [child for child in module._modules.values() if child is not None]
         return self
 
+    def named_modules(self: Any, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        # As torch's, without its generators inside generators: sentence-transformers looks at all tensors in every encode().
+        memo = set() if memo is None else memo
+        waiting = [(prefix, self)]
+        while waiting:
+            name, module = waiting.pop()
+            if module in memo:
+                continue
+            if remove_duplicate:
+                memo.add(module)
+            yield name, module
+            if module._modules:
+                start = f"{name}." if name else ""
+                children = reversed(module._modules.items())
+                waiting += [(start + key, child) for key, child in children if child is not None]
+
     members = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -116,6 +132,7 @@ def _native_class(base: Any) -> Any:
         "hf_ternary_base": base,
         "forward": forward,
         "train": train,
+        "named_modules": named_modules,
     }
     return type(base)(base.__name__, (base,), members)
 
@@ -267,9 +284,11 @@ class _State:
         modules = [module, *(m for part in _parts(module) for m in part.modules())]
         inner = modules[1:]  # the encoder's own hooks run around its forward
         self._attributes = [vars(m) for m in inner]
-        self._tables = [table for m in modules for table in (m._parameters, m._buffers, m._modules)]
-        self._tables += [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
-        self._tables += [nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks]
+        tables = [table for m in modules for table in (m._parameters, m._buffers, m._modules)]
+        tables += [table for m in inner for table in (m._forward_hooks, m._forward_pre_hooks)]
+        tables += [nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks]
+        self._tables = [table for table in tables if table]
+        self._empty = [table for table in tables if not table]  # most of them; they need no list in every call
         self._contents = self._read()
         self._tensors = [v for v in self._contents if isinstance(v, torch.Tensor) and not v.is_inference()]
         self._versions = [tensor._version for tensor in self._tensors]
@@ -299,6 +318,8 @@ class _State:
 
     def holds(self) -> bool:
         """Whether no weight was changed or replaced, no module, and no hook, since."""
+        if any(self._empty):
+            return False
         contents = self._read()
         same = len(contents) == len(self._contents) and all(map(operator.is_, contents, self._contents))
         return same and [tensor._version for tensor in self._tensors] == self._versions

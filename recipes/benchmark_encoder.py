@@ -49,6 +49,7 @@ class Contender:
     name: str
     runtime: str  # a function of runtimes.py
     model: str
+    python: str = sys.executable
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,21 @@ def main(
     onnx: Annotated[list[Path] | None, typer.Option(help="ONNX file of the teacher; repeatable")] = None,
     openvino: Annotated[list[Path] | None, typer.Option(help="OpenVINO .xml file of the teacher; repeatable")] = None,
     ctranslate2: Annotated[list[Path] | None, typer.Option(help="CTranslate2 folder of the teacher; repeatable")] = None,
+    st_onnx: Annotated[list[Path] | None, typer.Option(help="FOLDER/onnx/FILE of sentence-transformers; repeatable")] = None,
+    st_python: Annotated[str, typer.Option(help="the Python that loads them: they need transformers 4")] = sys.executable,
     threads: Annotated[list[int] | None, typer.Option(min=1, help="thread counts; repeatable (default: 1 and all)")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="turns of every contender")] = 7,
     starts: Annotated[int, typer.Option(min=1, help="processes started for start-up time and memory")] = 5,
     quick: Annotated[bool, typer.Option(help="few texts: does it work?")] = False,
     output: Annotated[Path | None, typer.Option(help="results JSON to write")] = None,
 ) -> None:
-    everyone = contenders(model, teacher, {"onnxruntime": onnx, "openvino": openvino, "ctranslate2": ctranslate2})
+    exports = {"onnxruntime": onnx, "openvino": openvino, "ctranslate2": ctranslate2}
+    others = [Contender(f"{name} {path.stem}", name, str(path)) for name, paths in exports.items() for path in paths or ()]
+    others += [
+        Contender(f"onnxruntime {path.stem}, sentence-transformers", "sentence_transformers_onnx", str(path), st_python)
+        for path in st_onnx or ()
+    ]
+    everyone = contenders(model, teacher, others)
     share = 0.02 if quick else 1
     work = workloads(sentences(), share) if reads_text(model) else image_workloads(model, share)
     runs = [measure(everyone, work, model, count, rounds, starts) for count in threads or sorted({1, os.cpu_count() or 1})]
@@ -87,6 +96,7 @@ def main(
         "linear_macs_per_token": linear_macs(model),
         "workloads": {name: describe(workload, model) for name, workload in work.items()},
         "runs": runs,
+        "st_onnx_versions": st_versions(st_python) if st_onnx else None,
         **provenance(packages=(*PACKAGES, "onnxruntime", "openvino", "ctranslate2")),
     }
     print_runs(report)
@@ -103,10 +113,14 @@ def max_length(model: Path) -> int | None:
     return hf_ternary.load(model).max_seq_length if reads_text(model) else None
 
 
-def contenders(model: Path, teacher: str | None, exports: dict[str, list[Path] | None]) -> list[Contender]:
-    others = [
-        Contender(f"{runtime} {path.stem}", runtime, str(path)) for runtime in exports for path in exports[runtime] or ()
-    ]
+def st_versions(python: str) -> dict[str, str]:
+    """What sentence-transformers' ONNX backend stands on in the environment of ``python``."""
+    names = ["sentence-transformers", "transformers", "optimum-onnx", "onnxruntime", "torch"]
+    code = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    return json.loads(subprocess.run([python, "-c", code, *names], check=True, capture_output=True).stdout)
+
+
+def contenders(model: Path, teacher: str | None, others: list[Contender]) -> list[Contender]:
     if reads_text(model):
         library, name = "sentence_transformers", "sentence-transformers"
         ours = [Contender(OURS, "ternary", str(model)), Contender(f"{OURS}, {name}", library, str(model))]
@@ -160,7 +174,7 @@ class Process:
     def __init__(self, contender: Contender, folder: Path, max_length: int | None, threads: int, first: Any) -> None:
         self.name = contender.name
         tokenizer = [folder, max_length] if max_length else ["", 0]
-        command = [sys.executable, RECIPES / "runtimes.py", contender.runtime, contender.model, *tokenizer, threads]
+        command = [contender.python, RECIPES / "runtimes.py", contender.runtime, contender.model, *tokenizer, threads]
         begin = time.perf_counter()
         self._process: Any = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.ask(Workload(first, at_once=True, batch_size=1))

@@ -37,6 +37,22 @@ def sentence_transformers(model: str, folder: str, max_length: int, threads: int
     return lambda texts, batch_size: encoder.encode(texts, batch_size=batch_size, show_progress_bar=False)
 
 
+def sentence_transformers_onnx(model: str, folder: str, max_length: int, threads: int) -> Encode:
+    """``model`` is FOLDER/onnx/FILE of a folder that sentence-transformers loads."""
+    import torch
+    from onnxruntime import SessionOptions
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(threads)
+    options = SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    file = Path(model)
+    keywords = {"provider": "CPUExecutionProvider", "file_name": file.name, "session_options": options}
+    encoder = SentenceTransformer(str(file.parents[1]), device="cpu", backend="onnx", model_kwargs=keywords)
+    encoder.max_seq_length = max_length
+    return lambda texts, batch_size: encoder.encode(texts, batch_size=batch_size, show_progress_bar=False)
+
+
 def transformers(model: str, folder: str, max_length: int, threads: int) -> Encode:
     import torch
     from transformers import AutoModel
@@ -158,7 +174,17 @@ def batched_images(run: Run) -> Encode:
 
 
 RUNTIMES = {
-    f.__name__: f for f in (ternary, sentence_transformers, transformers, onnxruntime, openvino, ctranslate2, tokenizer)
+    f.__name__: f
+    for f in (
+        ternary,
+        sentence_transformers,
+        sentence_transformers_onnx,
+        transformers,
+        onnxruntime,
+        openvino,
+        ctranslate2,
+        tokenizer,
+    )
 }
 
 

@@ -141,7 +141,7 @@ def encoder() -> str:
         f"and {lengths[2]} tokens on average, tokenizer included; in brackets, times as slow as ternary, the median of "
         f"{result['rounds']} turns that differ by up to {spread(run)}. Start (to the first embedding) and peak memory are "
         f"of fresh processes, medians of {result['starts']}. Rows without sentence-transformers use `tokenizers`, the "
-        "runtime and numpy. Cosine to the "
+        f"runtime and numpy{st_onnx(result)}. Cosine to the "
         f"float32 model on these texts, from Python's documentation.{other} The published model keeps "
         f"{100 * kept(mean):.1f} % of its teacher's mean score on {mean['tasks']} tasks. Its linear layers are "
         f"{', '.join(shares[:2])} and {shares[2]} of the multiply-adds that vpdpbusd can do in the time of the whole call. "
@@ -149,6 +149,15 @@ def encoder() -> str:
         f"{setting(result)}."
     )
     return markdown(ENCODER, contenders(run, work), note)
+
+
+def st_onnx(result: dict[str, Any]) -> str:
+    """In which environment sentence-transformers ran ONNX Runtime."""
+    versions = result.get("st_onnx_versions")
+    if not versions:
+        return ""
+    used = " and ".join(f"{name} {versions[name]}" for name in ("sentence-transformers", "transformers"))
+    return f"; ONNX Runtime through sentence-transformers, which cannot use it with transformers 5, runs on {used}"
 
 
 def of_the_limit(run: dict[str, Any]) -> list[str]:
@@ -168,7 +177,8 @@ def mpnet_encoder() -> str:
     shares = of_the_limit(run)
     note = (
         f"The columns as above, {result['rounds']} turns that differ by up to {spread(run)}, {result['starts']} "
-        "starts. The weights are not distilled: this is about speed, which depends on shapes alone. Linear layers: "
+        f"starts{st_onnx(result)}. The weights are not distilled: this is about speed, which depends on shapes alone. "
+        "Linear layers: "
         f"{', '.join(shares[:2])} and {shares[2]} of the multiply-adds that vpdpbusd can do in the time of the whole call. "
         f"{run['threads']} threads, {setting(result)}."
     )
@@ -329,7 +339,7 @@ def functions() -> str:
             names = {re.sub(r"hf_ternary::|\(anonymous namespace\)::", "", name): share for name, share in told.items()}
             shares[f"{title}, {tokens} tokens"] = names
     last = list(shares.values())[-1]
-    steps = sorted({step for share in shares.values() for step in share}, key=lambda step: -last.get(step, 0))
+    steps = sorted({step for share in shares.values() for step in share}, key=lambda step: (-last.get(step, 0), step))
     rows = [[f"`{s}`", *(f"{100 * share[s]:.0f} %" if s in share else "" for share in shares.values())] for s in steps]
     note = f"Those of at least 1 %, {run['threads']} thread, {setting(result)}."
     return markdown(["", *shares], rows, note)

@@ -585,6 +585,14 @@ def test_eval_reaches_every_module(bert: Any):
     assert all(m.training for m in bert.train().modules())
 
 
+@pytest.mark.parametrize("once", [True, False])
+def test_modules_are_named_as_by_torch(bert: Any, once: bool):
+    bert.encoder.again, bert.encoder.nothing = bert.encoder.layer[0], None
+    wanted = list(torch.nn.Module.named_modules(bert, prefix="a", remove_duplicate=once))
+    assert list(bert.named_modules(prefix="a", remove_duplicate=once)) == wanted
+    assert [name for name, _ in bert.named_modules()][:2] == ["", "embeddings"]
+
+
 def test_a_model_no_longer_used_is_freed(bert: Any):
     twin = copy.deepcopy(bert)
     native(twin, batch([5]))

@@ -89,8 +89,33 @@ def test_a_contender_that_fails_is_named(packed: Path) -> None:
 
 
 def test_two_exports_of_one_name_are_refused(packed: Path) -> None:
+    twice = [benchmark_encoder.Contender("onnxruntime int8", "onnxruntime", f"{folder}/int8.onnx") for folder in "ab"]
     with pytest.raises(Exception, match="onnxruntime int8: give their files different names"):
-        benchmark_encoder.contenders(packed, None, {"onnxruntime": [Path("a/int8.onnx"), Path("b/int8.onnx")]})
+        benchmark_encoder.contenders(packed, None, twice)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for the other Python")
+def test_an_export_for_sentence_transformers_runs_in_its_own_python(packed: Path, tmp_path: Path) -> None:
+    export = tmp_path / "model" / "onnx" / "int8.onnx"
+    export.parent.mkdir(parents=True)
+    export.write_bytes(b"1234567")
+    python = tmp_path / "python"
+    torch_instead = f'exec {sys.executable} "$1" sentence_transformers {packed} "$4" "$5" "$6"'
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo \'{{"transformers": "4.57.6"}}\' && exit\n{torch_instead}\n')
+    python.chmod(0o755)
+    output = tmp_path / "encoder.json"
+    app = Typer()
+    app.command()(benchmark_encoder.main)
+    options = ["--quick", "--threads", "1", "--rounds", "1", "--starts", "1", "--teacher", str(packed)]
+    options += ["--st-onnx", str(export), "--st-python", str(python), "--output", str(output)]
+    done = CliRunner().invoke(app, [str(packed), *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+    written = json.loads(output.read_text())
+    assert written["st_onnx_versions"] == {"transformers": "4.57.6"}
+    peer = written["runs"][0]["contenders"][2]
+    assert (peer["name"], peer["bytes"]) == ("onnxruntime int8, sentence-transformers", 7)
+    assert peer["cosine"] == 1
 
 
 def test_the_texts_are_distinct_and_of_their_length() -> None:
