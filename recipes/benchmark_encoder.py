@@ -70,7 +70,9 @@ def main(
     openvino: Annotated[list[Path] | None, typer.Option(help="OpenVINO .xml file of the teacher; repeatable")] = None,
     ctranslate2: Annotated[list[Path] | None, typer.Option(help="CTranslate2 folder of the teacher; repeatable")] = None,
     st_onnx: Annotated[list[Path] | None, typer.Option(help="FOLDER/onnx/FILE of sentence-transformers; repeatable")] = None,
-    st_python: Annotated[str, typer.Option(help="the Python that loads them: they need transformers 4")] = sys.executable,
+    st_python: Annotated[
+        Path, typer.Option(help="the Python that loads them: they need transformers 4", exists=True, dir_okay=False)
+    ] = Path(sys.executable),
     threads: Annotated[list[int] | None, typer.Option(min=1, help="thread counts; repeatable (default: 1 and all)")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="turns of every contender")] = 7,
     starts: Annotated[int, typer.Option(min=1, help="processes started for start-up time and memory")] = 5,
@@ -80,7 +82,7 @@ def main(
     exports = {"onnxruntime": onnx, "openvino": openvino, "ctranslate2": ctranslate2}
     others = [Contender(f"{name} {path.stem}", name, str(path)) for name, paths in exports.items() for path in paths or ()]
     others += [
-        Contender(f"onnxruntime {path.stem}, sentence-transformers", "sentence_transformers_onnx", str(path), st_python)
+        Contender(f"onnxruntime {path.stem}, sentence-transformers", "sentence_transformers_onnx", str(path), str(st_python))
         for path in st_onnx or ()
     ]
     everyone = contenders(model, teacher, others)
@@ -113,11 +115,12 @@ def max_length(model: Path) -> int | None:
     return hf_ternary.load(model).max_seq_length if reads_text(model) else None
 
 
-def st_versions(python: str) -> dict[str, str]:
+def st_versions(python: Path) -> dict[str, str]:
     """What sentence-transformers' ONNX backend stands on in the environment of ``python``."""
     names = ["sentence-transformers", "transformers", "optimum-onnx", "onnxruntime", "torch"]
-    code = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    return json.loads(subprocess.run([python, "-c", code, *names], check=True, capture_output=True).stdout)
+    found = "{d.name: d.version for d in distributions() if d.name in sys.argv}"
+    code = f"import json, sys; from importlib.metadata import distributions; print(json.dumps({found}))"
+    return json.loads(subprocess.run([str(python), "-c", code, *names], check=True, capture_output=True).stdout)
 
 
 def contenders(model: Path, teacher: str | None, others: list[Contender]) -> list[Contender]:

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 from typer import Typer
@@ -94,15 +97,26 @@ def test_two_exports_of_one_name_are_refused(packed: Path) -> None:
         benchmark_encoder.contenders(packed, None, twice)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for the other Python")
-def test_an_export_for_sentence_transformers_runs_in_its_own_python(packed: Path, tmp_path: Path) -> None:
+def test_an_export_for_sentence_transformers_runs_in_its_own_python(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export = tmp_path / "model" / "onnx" / "int8.onnx"
     export.parent.mkdir(parents=True)
     export.write_bytes(b"1234567")
     python = tmp_path / "python"
-    torch_instead = f'exec {sys.executable} "$1" sentence_transformers {packed} "$4" "$5" "$6"'
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo \'{{"transformers": "4.57.6"}}\' && exit\n{torch_instead}\n')
-    python.chmod(0o755)
+    python.touch()
+    start, started = subprocess.Popen, []
+
+    def stand_in(command: list[str], **options: Any) -> Any:
+        """This Python for the other, and torch for its ONNX Runtime."""
+        if command[0] == str(python):
+            started.append(command[2])
+            command = [sys.executable, *command[1:]]
+        if "sentence_transformers_onnx" in command:
+            command[2:4] = ["sentence_transformers", str(packed)]
+        return start(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", stand_in)
     output = tmp_path / "encoder.json"
     app = Typer()
     app.command()(benchmark_encoder.main)
@@ -112,7 +126,9 @@ def test_an_export_for_sentence_transformers_runs_in_its_own_python(packed: Path
     assert done.exit_code == 0, done.output
 
     written = json.loads(output.read_text())
-    assert written["st_onnx_versions"] == {"transformers": "4.57.6"}
+    assert started[0] == "sentence_transformers_onnx"
+    assert len(started) == 2  # and for its versions
+    assert written["st_onnx_versions"]["transformers"] == transformers.__version__
     peer = written["runs"][0]["contenders"][2]
     assert (peer["name"], peer["bytes"]) == ("onnxruntime int8, sentence-transformers", 7)
     assert peer["cosine"] == 1
