@@ -71,10 +71,18 @@ class Collection:
     documents: dict[str, str]
     queries: dict[str, str]
     relevant: dict[str, dict[str, int]] | None = None
+    ignore_identical_ids: bool = False  # a document with the id of a query is that query, and no answer to it
 
     def fingerprint(self) -> str:
         """SHA-256 of ids and texts."""
         return hashlib.sha256(json.dumps([self.documents, self.queries]).encode()).hexdigest()
+
+    def own_rows(self) -> Neighbours | None:
+        """Row of the document that is the query itself, int64 [queries, 1], or -1; None if such documents may be found."""
+        if not self.ignore_identical_ids:
+            return None
+        row = {document: i for i, document in enumerate(self.documents)}
+        return np.array([[row.get(query, -1)] for query in self.queries])
 
 
 @dataclass
@@ -151,7 +159,8 @@ def read_collection(corpus: str, split: str | None, queries: int, documents: int
     data: Any = task.dataset["default"][split or task.metadata.eval_splits[0]]
     texts = {row["id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in data["corpus"]}
     asked = {row["id"]: row["text"] for row in data["queries"] if row["id"] in data["relevant_docs"]}
-    return Collection(task.metadata.name, texts, asked, {query: dict(data["relevant_docs"][query]) for query in asked})
+    relevant = {query: dict(data["relevant_docs"][query]) for query in asked}
+    return Collection(task.metadata.name, texts, asked, relevant, task.ignore_identical_ids)
 
 
 def _draw_collection(name: str, texts: Sequence[str], queries: int, documents: int | None, seed: int) -> Collection:
@@ -196,7 +205,7 @@ def measure(
         raise ValueError(
             f"{indexed.model} gives {vectors.shape[1]} dimensions and {asking.model} {asked.shape[1]}: it is not its student"
         )
-    exact = _exact(vectors, (truth or asking).queries)
+    exact = _exact(vectors, (truth or asking).queries, collection.own_rows())
     points = []
     for factory in track([_factory(i, vectors) for i in indexes], f"Searching {asking.model}"):
         try:
@@ -274,10 +283,19 @@ def _check_finite(vectors: Vectors) -> None:
         raise ValueError("the model gives NaN or infinity for some text; no neighbour can be found for it")
 
 
-def _exact(vectors: Vectors, asked: Vectors) -> Neighbours:
+def _exact(vectors: Vectors, asked: Vectors, own: Neighbours | None) -> Neighbours:
     index = faiss.IndexFlatL2(vectors.shape[1])
     index.add(vectors)
-    return index.search(asked, K)[1]
+    return _answers(index, asked, own)
+
+
+def _answers(index: Any, asked: Vectors, own: Neighbours | None) -> Neighbours:
+    """The nearest rows [queries, 10], without a query's own."""
+    if own is None:
+        return index.search(asked, K)[1]
+    found = index.search(asked, K + 1)[1]
+    own_last = np.argsort(found == own, axis=1, kind="stable")
+    return np.take_along_axis(found, own_last, axis=1)[:, :K]
 
 
 def _factory(template: str, vectors: Vectors) -> str:
@@ -310,7 +328,7 @@ def _measure_index(
     points = []
     for setting in _settings(factory):
         faiss.ParameterSpace().set_index_parameters(index, setting)
-        found, seconds = _search(index, asked, clock)
+        found, seconds = _search(index, asked, collection.own_rows(), clock)
         points.append(
             {
                 "index": factory,
@@ -326,12 +344,13 @@ def _measure_index(
     return points
 
 
-def _search(index: Any, asked: Vectors, clock: Clock) -> tuple[Neighbours, float]:
+def _search(index: Any, asked: Vectors, own: Neighbours | None, clock: Clock) -> tuple[Neighbours, float]:
     """Neighbours [queries, 10] of every query, searched one at a time, and the seconds of one."""
     rounds = []
     for _ in range(ROUNDS):
         start = clock()
-        found = np.concatenate([index.search(asked[i : i + 1], K)[1] for i in range(len(asked))])
+        rows = (slice(i, i + 1) for i in range(len(asked)))
+        found = np.concatenate([_answers(index, asked[row], None if own is None else own[row]) for row in rows])
         rounds.append(clock() - start)
     return found, min(rounds) / len(asked)
 

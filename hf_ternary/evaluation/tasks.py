@@ -13,8 +13,9 @@ A local task is a folder with .jsonl or .tsv files, plain or gzipped (.gz). SPLI
 | ImageClassification | train and SPLIT, each a .parquet {image, label} or a folder CLASS/*.png | accuracy of two probes |
 
 The type is recognised by the files. An optional `task.json` sets what files cannot tell: `samples_per_label` and
-`n_experiments` of a classification task. A folder of images is two tasks, FOLDER-linear and FOLDER-knn: logistic regression
-on the embeddings of all training images, and a vote of the nearest of them.
+`n_experiments` of a classification task, and for retrieval `ignore_identical_ids`: whether a document with the id of a query
+is that query and no answer to it (true for BEIR's ArguAna and Quora). A folder of images is two tasks, FOLDER-linear and
+FOLDER-knn: logistic regression on the embeddings of all training images, and a vote of the nearest of them.
 """
 
 import hashlib
@@ -103,8 +104,10 @@ class LocalTask(AbsTask):
             if name not in self.options:
                 allowed = ", ".join(sorted(self.options)) or "no option"
                 raise ValueError(f"{path}: {name!r} is not an option of a {self.kind} task; allowed: {allowed}")
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{path}: {name}={value!r}; allowed: a positive integer")
+            is_switch = isinstance(getattr(self, name), bool)
+            if type(value) is not (bool if is_switch else int) or not (is_switch or value >= 1):
+                allowed = "true and false" if is_switch else "a positive integer"
+                raise ValueError(f"{path}: {name}={value!r}; allowed: {allowed}")
             setattr(self, name, value)
 
 
@@ -214,6 +217,7 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
     """Retrieval in BEIR's layout: nDCG@10 as trec_eval computes it; a document is its title, a blank, its text."""
 
     kind, main_score = "Retrieval", "ndcg_at_10"
+    options = frozenset({"ignore_identical_ids"})
 
     def read(self, folder: Path, split: str) -> dict[str, dict[str, RetrievalSplitData]]:
         qrels_path = _qrels(folder, split) or _find(folder, "qrels.tsv")

@@ -55,6 +55,15 @@ def test_retrieval_is_ndcg_of_title_and_text(angles: SentenceTransformer, write:
     assert record["score"] == pytest.approx((2 / 1.5849625 + 1 / 2) / (2 + 1 / 1.5849625), abs=1e-5)
 
 
+def test_a_query_can_be_a_document_of_its_collection(angles: SentenceTransformer, write: Write) -> None:
+    corpus = [{"_id": "x", "text": "a0"}, {"_id": 1, "text": "a10"}, {"_id": 2, "text": "a20"}]
+    folder = write("search", {"corpus.jsonl": corpus, "queries.jsonl": QUERIES, "qrels.tsv": QRELS.replace("3", "4")})
+    # Of the documents with gains 0, 0 and 2, the first is the query itself.
+    assert score(angles, folder)["score"] == pytest.approx(1 / (2 + 1 / 1.5849625), abs=1e-5)
+    write("search", {"task.json": '{"ignore_identical_ids": true}'})
+    assert score(angles, folder)["score"] == pytest.approx(2 / 1.5849625 / (2 + 1 / 1.5849625), abs=1e-5)
+
+
 def test_reranking_is_mean_average_precision(angles: SentenceTransformer, write: Write) -> None:
     rows = [
         {"query": "a0", "positive": ["a10", "a30"], "negative": ["a20"]},
@@ -172,6 +181,10 @@ def test_malformed_options(write: Write) -> None:
     rows = [{"text": "t", "label": 1}, {"text": "u", "label": 2}]
     folder = write("task", {"train.jsonl": rows, "test.jsonl": rows, "task.json": '{"n_experiments": 0}'})
     with pytest.raises(ValueError, match="n_experiments=0; allowed: a positive integer"):
+        local_tasks(folder)
+    folder = write("search", {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": QRELS})
+    write("search", {"task.json": '{"ignore_identical_ids": 1}'})
+    with pytest.raises(ValueError, match="ignore_identical_ids=1; allowed: true and false"):
         local_tasks(folder)
 
 

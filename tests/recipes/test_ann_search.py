@@ -81,6 +81,27 @@ def test_a_labelled_corpus(tiny_sentence_transformer: Path, student: Path, beir:
     assert point["total_bytes"] == ternary["weights"]["bytes"] + point["index_bytes"]
 
 
+def test_a_query_is_no_answer_to_itself(tiny_sentence_transformer: Path, student: Path, beir: Path, tmp_path: Path) -> None:
+    """Queries that are documents too, each with another document of the same words as its answer."""
+    corpus = [json.loads(line) for line in (beir / "corpus.jsonl").read_text().splitlines()]
+    corpus += [{**document, "_id": f"answer to {document['_id']}"} for document in corpus[:12]]
+    queries = [{"_id": f"d{i}", "text": f"number {i} {corpus[i]['text']}"} for i in range(12)]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        (beir / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    qrels = "".join(f"d{i}\tanswer to d{i}\t1\n" for i in range(12))
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels)
+    scores = []
+    for ignore in (False, True):
+        (beir / "task.json").write_text(json.dumps({"ignore_identical_ids": ignore}))
+        run(tiny_sentence_transformer, student, beir, "--index", "Flat", "--output", tmp_path / "ann.json")
+        report = json.loads((tmp_path / "ann.json").read_text())
+        (point,) = report["models"][1]["indexes"]
+        assert point["recall_at_10"] == 1
+        scores.append(point["ndcg_at_10"])
+    assert scores[0] < 0.9  # of two equal documents faiss finds the earlier first: the query
+    assert scores[1] == 1
+
+
 def test_the_cache_keeps_what_embedding_cost(
     tiny_sentence_transformer: Path, student: Path, beir: Path, tmp_path: Path
 ) -> None:
