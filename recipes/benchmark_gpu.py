@@ -8,7 +8,8 @@ Weights are random: shapes are those of the real models, and nothing is download
 moment hits all alike; times are medians over the turns, by CUDA events. The chip's limits are measured too, in the same run.
 "ternary" is what a loaded model runs: the encoder of hf_ternary/triton_encoder.py for the models that it knows, beside them
 "ternary modules", transformers' own forward with the ternary layers in it, which for the others (Qwen3) is "ternary". Texts
-have one length and no padding, so what the encoder gains by dropping padding does not count.
+have one length and no padding, so what the encoder gains by dropping padding does not count. The weights of a single layer
+stay in the chip's cache from call to call, as a small encoder's do; those of a large encoder are read from memory.
 """
 
 import copy
