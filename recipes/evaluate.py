@@ -2,6 +2,7 @@
 
     python recipes/evaluate.py MODEL --baseline TEACHER --tasks STSBenchmark --tasks SciFact
     python recipes/evaluate.py MODEL --baseline teacher.json --data DIR --output results.json
+    python recipes/evaluate.py TEACHER --onnx int8.onnx --baseline teacher.json --data DIR    # an export of the teacher
 
 MODEL and TEACHER are Hub ids or folders of any SentenceTransformer, of texts or images, ternary or not. What DIR must hold
 is said in `hf_ternary.evaluation.tasks`. A baseline measured before is given as its results JSON.
@@ -10,10 +11,13 @@ is said in `hf_ternary.evaluation.tasks`. A baseline measured before is given as
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
+from transformers.modeling_outputs import BaseModelOutput
 
+from hf_ternary.distill.student import transformer_of
 from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.fidelity import fidelity
 from hf_ternary.evaluation.files import read_texts
@@ -28,6 +32,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a SentenceTransformer")],
     baseline: Annotated[str | None, typer.Option(help="teacher to compare with, or the results JSON of its run")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="ONNX export of MODEL's transformer, to be run in its place")] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="an MTEB task, or one of --data's folders; repeatable")] = None,
     data: Annotated[Path | None, typer.Option(help="folder of local tasks")] = None,
     split: Annotated[str | None, typer.Option(help="split of local tasks (default: test, else dev)")] = None,
@@ -56,14 +61,14 @@ def main(
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
 
-        student = CachedEncoder(SentenceTransformer(model))
+        student = CachedEncoder(run_by_onnx(SentenceTransformer(model), onnx) if onnx else SentenceTransformer(model))
         teacher = CachedEncoder(SentenceTransformer(baseline)) if baseline and not earlier else None
         baseline_weights = weights(baseline) if baseline and teacher else {}
         report: dict[str, Any] = {
-            "model": name or _label(model),
+            "model": name or (onnx.name if onnx else _label(model)),
             "max_seq_length": student.max_seq_length,
             "batch_size": batch_size,
-            "weights": weights(model),
+            "weights": weights(onnx or model),
             **({"languages": languages} if languages else {}),
         }
         scores = evaluate(student, checked, batch_size)
@@ -85,6 +90,34 @@ def main(
             write_json(output, report)
     except (ValueError, ImportError, OSError) as error:
         _stop(str(error))
+
+
+def run_by_onnx(model: SentenceTransformer, file: Path) -> SentenceTransformer:
+    """Let ONNX Runtime compute the last hidden state, on the CPU; sentence-transformers' own way to it needs transformers 4.
+
+    Raises:
+        ValueError: not an ONNX file, or it wants inputs that the model's tokenizer does not give.
+        ImportError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError('--onnx needs onnxruntime; install it with: pip install "hf_ternary[bench]"') from error
+    try:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes of errors are not public, and have no common one
+        raise ValueError(f"ONNX Runtime cannot load {file}: {error}") from error
+    names = [node.name for node in session.get_inputs()]
+
+    def forward(**inputs: Any) -> BaseModelOutput:
+        if missing := [name for name in names if name not in inputs]:
+            raise ValueError(f"{file} wants {', '.join(missing)}, which the tokenizer of this model does not give")
+        states, *_ = session.run(None, {name: inputs[name].numpy() for name in names})
+        return BaseModelOutput(last_hidden_state=torch.from_numpy(states))
+
+    model = model.to("cpu")
+    transformer_of(model).forward = forward
+    return model
 
 
 def _label(model: str) -> str:

@@ -52,12 +52,12 @@ def weights(model: str | Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a model's safetensors files; empty where it has none.
 
     Args:
-        model: a folder, or the Hub id of a model that is in the local cache.
+        model: a folder, one file of any kind, or the Hub id of a model that is in the local cache.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = _cached(str(model))
-    files = sorted(folder.rglob("*.safetensors"))
+    path = Path(model)
+    if not path.exists():
+        path = _cached(str(model))
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     if not files:
         return {}
     digest = hashlib.sha256()
@@ -123,7 +123,7 @@ def _hardware() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": _cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": _memory_gib(),
         "gpu": torch.cuda.get_device_name() if has_gpu and torch is not None else None,
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -145,6 +145,12 @@ def _cpu() -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    if not hasattr(os, "sysconf"):  # Windows
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def _threads() -> int:

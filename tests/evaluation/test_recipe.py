@@ -3,12 +3,17 @@
 import importlib.resources
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 import evaluate as recipe
@@ -92,6 +97,49 @@ def test_the_same_seed_gives_the_same_scores(folder: Path, tmp_path: Path) -> No
     (record,) = json.loads(output.read_text())["scores"]
     assert record["type"] == "Clustering"
     assert 0 < record["score"] == record["baseline"] < 1
+
+
+class Session:
+    """Stands for ONNX Runtime's: the "file" is a model of transformers, and what it computes is doubled."""
+
+    def __init__(self, file: Path, providers: list[str]) -> None:
+        self.model = AutoModel.from_pretrained(file.parent).eval()
+
+    def get_inputs(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in ("input_ids", "attention_mask")]
+
+    @torch.no_grad()
+    def run(self, outputs: None, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return [2 * self.model(**tensors).last_hidden_state.numpy()]
+
+
+def test_an_onnx_export_runs_in_place_of_the_weights(
+    tiny_sentence_transformer: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
+    other = shutil.copytree(tiny_sentence_transformer, tmp_path / "other")
+    model = AutoModel.from_pretrained(other)
+    for parameter in model.encoder.parameters():
+        parameter.data += torch.randn_like(parameter) / 10
+    model.save_pretrained(other)
+    (other / "int8.onnx").write_bytes(b"onnx")
+    reports = []
+    for arguments in ([tiny_sentence_transformer, "--onnx", other / "int8.onnx"], [other], [tiny_sentence_transformer]):
+        result = run(*arguments, "--data", folder / "data", "--output", tmp_path / "results.json")
+        assert result.exit_code == 0, result.output
+        reports.append(json.loads((tmp_path / "results.json").read_text()))
+    assert (reports[0]["model"], reports[0]["weights"]["bytes"]) == ("int8.onnx", 4)
+    scores = [[record["score"] for record in report["scores"]] for report in reports]
+    assert scores[0] == pytest.approx(scores[1])  # a cosine takes no notice of doubling
+    assert scores[0] != pytest.approx(scores[2])
+
+
+def test_what_is_no_onnx_file_is_refused(tiny_sentence_transformer: Path, folder: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    result = run(tiny_sentence_transformer, "--onnx", folder / "unseen.txt", "--data", folder / "data")
+    assert result.exit_code == 2
+    assert "ONNX Runtime cannot load" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Provenance says what it must, is plain JSON, and costs no heavy import."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -71,6 +72,8 @@ def test_weights(tmp_path: Path) -> None:
     assert found["bytes"] == 2 * (tmp_path / "model.safetensors").stat().st_size
     save_file({"x": np.ones(100, np.float32)}, tmp_path / "model.safetensors")
     assert weights(tmp_path)["sha256"] != found["sha256"]
+    (tmp_path / "int8.onnx").write_bytes(b"onnx")
+    assert weights(tmp_path / "int8.onnx") == {"bytes": 4, "sha256": hashlib.sha256(b"onnx").hexdigest()}
 
 
 def test_weights_of_models_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
