@@ -216,9 +216,8 @@ class DistillTrainer(Trainer):
             ) from error
 
     def calibration_batches(self, count: int) -> list[dict[str, Any]]:
-        """This process's share of ``count`` texts drawn from those of the plan, in batches of 32 of about one length."""
-        planned = np.unique(np.concatenate(self.batches.batches))
-        chosen = np.random.default_rng(self.args.seed).permutation(planned)[:count]
+        """This process's share of ``count`` texts drawn from all, in batches of 32 of about one length."""
+        chosen = np.random.default_rng(self.args.seed).permutation(len(self.train_data))[:count]
         chosen = chosen[self.train_data.lengths[chosen].argsort()][self.args.process_index :: self.args.world_size]
         return [self._batch(self.train_data, chosen[index]) for index in by_length(self.train_data.lengths[chosen])]
 
