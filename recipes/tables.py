@@ -272,6 +272,23 @@ def losses() -> str:
     return _runs("loss")
 
 
+def calibration() -> str:
+    """One row a number of texts that the weights were fitted to, without training."""
+    runs = [results(path.stem) for path in (ROOT / "recipes" / "results").glob("calibration-*.json")]
+    runs.sort(key=lambda run: run["options"]["calibration_texts"])
+    rows = [
+        [
+            f"{run['options']['calibration_texts']:,}",
+            f"{run['fidelity']['eval_cosine']:.3f}",
+            *(f"{100 * score['retention']:.1f} %" for score in run["scores"]),
+        ]
+        for run in runs
+    ]
+    tasks = [f"{score['task']}, {score['metric']} kept" for score in runs[0]["scores"]]
+    note = f"Cosine on {runs[0]['texts']['held_out']} held-out texts, seed {runs[0]['seed']}, {setting(*runs)}."
+    return markdown(["texts", "cosine", *tasks], rows, note)
+
+
 def _runs(kind: str) -> str:
     runs = {path.stem: results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob(f"{kind}-*.json"))}
     facts: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -435,6 +452,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ablation,
         rates,
         losses,
+        calibration,
         distill_step,
         profile,
         functions,
