@@ -89,7 +89,9 @@ def quantize(
     texts: Annotated[
         str | None, typer.Option(help="Texts (.txt, .jsonl, ...) on which rounding errors are made up for.")
     ] = None,
-    max_texts: Annotated[int, typer.Option(min=1, help="Of more texts, this many are drawn.")] = 1000,
+    max_texts: Annotated[
+        int, typer.Option(min=1, help="Of more texts, this many are drawn: four times as many fit better.")
+    ] = 1000,
 ) -> None:
     """Turn a model's weights into packed ternary ones, without training.
 
