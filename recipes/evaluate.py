@@ -32,7 +32,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a SentenceTransformer")],
     baseline: Annotated[str | None, typer.Option(help="teacher to compare with, or the results JSON of its run")] = None,
-    onnx: Annotated[Path | None, typer.Option(help="ONNX export of MODEL's transformer, to be run in its place")] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(help="ONNX export of MODEL's transformer, to be run in its place", exists=True, dir_okay=False),
+    ] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="an MTEB task, or one of --data's folders; repeatable")] = None,
     data: Annotated[Path | None, typer.Option(help="folder of local tasks")] = None,
     split: Annotated[str | None, typer.Option(help="split of local tasks (default: test, else dev)")] = None,

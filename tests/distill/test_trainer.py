@@ -195,6 +195,16 @@ def test_two_processes_start_from_what_all_their_texts_say(options: Options, tmp
     assert same(two) > 0.999 > 0.95 > same(half)
 
 
+def test_a_short_run_starts_from_as_many_texts(options: Options, tmp_path: Path):
+    """More than the one batch of its plan holds."""
+    changes = {"init": "compensated", "learning_rate": 0.0, "eval_texts": 0, "max_steps": 1}
+    runs = [options(**changes, calibration_texts=n, output_dir=str(tmp_path / f"{n}")) for n in (50, 100)]
+    for run in runs:
+        distill(DistillArguments(**run))
+    few, more = map(weights, runs)
+    assert any(not torch.equal(few[name], more[name]) for name in few)
+
+
 def launch_two_processes(run: dict[str, Any]) -> None:
     config = Path(f"{run['output_dir']}.json")
     config.write_text(json.dumps(run))  # json is yaml

@@ -103,6 +103,8 @@ class Session:
     """Stands for ONNX Runtime's: the "file" is a model of transformers, and what it computes is doubled."""
 
     def __init__(self, file: Path, providers: list[str]) -> None:
+        if file.suffix != ".onnx":
+            raise RuntimeError("no protobuf")
         self.model = AutoModel.from_pretrained(file.parent).eval()
 
     def get_inputs(self) -> list[SimpleNamespace]:
@@ -135,11 +137,33 @@ def test_an_onnx_export_runs_in_place_of_the_weights(
     assert scores[0] != pytest.approx(scores[2])
 
 
-def test_what_is_no_onnx_file_is_refused(tiny_sentence_transformer: Path, folder: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    result = run(tiny_sentence_transformer, "--onnx", folder / "unseen.txt", "--data", folder / "data")
-    assert result.exit_code == 2
-    assert "ONNX Runtime cannot load" in result.stderr.splitlines()[-1]
+class ImageSession(Session):
+    def get_inputs(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name="pixel_values")]
+
+
+@pytest.mark.parametrize(
+    ("onnxruntime", "file", "message"),
+    [
+        (SimpleNamespace(InferenceSession=Session), "config.json", "config.json: no protobuf"),
+        (
+            SimpleNamespace(InferenceSession=ImageSession),
+            "int8.onnx",
+            "wants pixel_values, which the tokenizer of this model",
+        ),
+        (None, "int8.onnx", '--onnx needs onnxruntime; install it with: pip install "hf_ternary[bench]"'),
+    ],
+)
+def test_an_export_that_cannot_run_is_refused(
+    onnxruntime: Any, file: str, message: str, tiny_sentence_transformer: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", onnxruntime)
+    other = shutil.copytree(tiny_sentence_transformer, folder / "other", dirs_exist_ok=True)
+    (other / "int8.onnx").write_bytes(b"onnx")
+    result = run(other, "--onnx", other / file, "--data", folder / "data")
+    assert result.exit_code == 2, result.output
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert message in line
 
 
 @pytest.mark.parametrize(
