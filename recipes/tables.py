@@ -75,18 +75,20 @@ def summary() -> str:
         ["ternary, distilled", f"{sizes[1] / 1e6:.1f} MB", *(f"{100 * k['score']:.1f}" for k in kinds.values())],
         ["kept", f"{sizes[1] / sizes[0]:.3f}x", *(f"{100 * kept(k):.1f} %" for k in kinds.values())],
     ]
+    made = "calibrated", "rounded", "int8", "static"
+    calibrated, rounded, int8, static = (results(f"eval-all-MiniLM-L6-v2-{way}") for way in made)
     others = {
-        "ternary, calibrated only": (calibrated := results("eval-all-MiniLM-L6-v2-calibrated")),
-        "ternary, rounded only": results("eval-all-MiniLM-L6-v2-rounded"),
-        "int8, ONNX Runtime": results("eval-all-MiniLM-L6-v2-int8"),
-        "static, model2vec": (static := results("eval-all-MiniLM-L6-v2-static")),
+        "ternary, calibrated only": calibrated,
+        "ternary, rounded only": rounded,
+        "int8, ONNX Runtime": int8,
+        "static, model2vec": static,
     }
     for title, other in others.items():
         scores = (f"{100 * k['score']:.1f}" for k in other["summary"].values())
         rows.append([title, f"{megabytes(other['weights'])} MB", *scores])
     run = max(results("encoder-all-MiniLM-L6-v2")["runs"], key=lambda run: run["threads"])
-    ours, *int8 = (c for c in run["contenders"] if c["runtime"] in ("ternary", "onnxruntime", "openvino", "ctranslate2"))
-    gains = [min(c["times_slower"][name]["median"] for c in int8) for name in ("query", "short", "passage")]
+    ours, *peers = (c for c in run["contenders"] if c["runtime"] in ("ternary", "onnxruntime", "openvino", "ctranslate2"))
+    gains = [min(c["times_slower"][name]["median"] for c in peers) for name in ("query", "short", "passage")]
     note = (
         f"Mean score of {kinds['all']['tasks']} tasks by MTEB's protocols, and its share of float32's (the tasks' own "
         f"shares have a mean of {100 * kinds['all']['retention']:.1f} %); calibrated on "

@@ -104,9 +104,9 @@ class LocalTask(AbsTask):
             if name not in self.options:
                 allowed = ", ".join(sorted(self.options)) or "no option"
                 raise ValueError(f"{path}: {name!r} is not an option of a {self.kind} task; allowed: {allowed}")
-            is_switch = isinstance(getattr(self, name), bool)
-            if type(value) is not (bool if is_switch else int) or not (is_switch or value >= 1):
-                allowed = "true and false" if is_switch else "a positive integer"
+            kind = type(getattr(self, name))
+            if type(value) is not kind or (kind is int and value < 1):
+                allowed = "true and false" if kind is bool else "a positive integer"
                 raise ValueError(f"{path}: {name}={value!r}; allowed: {allowed}")
             setattr(self, name, value)
 
