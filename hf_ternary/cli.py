@@ -84,20 +84,24 @@ def quantize(
     embedding_bits: Annotated[str, typer.Option(help="Bits of the token table: 8, 4, 2, or none for float.")] = "4",
     position_bits: Annotated[str, typer.Option(help="Bits of the position table: 8, 4, 2, or none for float.")] = "8",
     embedding_group_size: Annotated[int | None, typer.Option(help="Columns of the token table that share a scale.")] = None,
-    modules_to_not_convert: Annotated[list[str] | None, typer.Option(help="Module to keep in float; repeatable.")] = None,
+    modules_to_not_convert: Annotated[
+        list[str] | None,
+        typer.Option(help="Module to keep in float; repeatable. none: convert all. (default: poolers, heads)"),
+    ] = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id of SRC for the model card, if SRC is a folder.")] = None,
     texts: Annotated[
         str | None, typer.Option(help="Texts (.txt, .jsonl, ...) on which rounding errors are made up for.")
     ] = None,
     max_texts: Annotated[
-        int, typer.Option(min=1, help="Of more texts, this many are drawn: four times as many fit better.")
+        int,
+        typer.Option(min=1, help="Of more texts, this many are drawn; more take longer and fit better."),
     ] = 1000,
 ) -> None:
     """Turn a model's weights into packed ternary ones, without training.
 
     SRC is any SentenceTransformer, CrossEncoder, SparseEncoder or transformers encoder; pooling and heads are kept. With
-    --texts, for a SentenceTransformer, it takes minutes and the result is far better; deep and wide models want more texts.
-    A tenth of them, at most 100, is set aside to say how close it came.
+    --texts, for a SentenceTransformer, it takes minutes and the result is far better. A tenth of
+    the texts, at most 100, is set aside to say how close it came.
     """
     config = TernaryConfig(
         group_size=_value(group_size),
@@ -106,7 +110,7 @@ def quantize(
         embedding_bits=_value(embedding_bits),
         position_bits=_value(position_bits),
         embedding_group_size=embedding_group_size,
-        modules_to_not_convert=modules_to_not_convert or None,
+        modules_to_not_convert=[] if modules_to_not_convert == ["none"] else modules_to_not_convert or None,
     )
     with err.status(f"Reading {src}"):
         from .hub import check_target, save_pretrained

@@ -87,6 +87,14 @@ def test_quantize_a_sentence_transformer(tiny_sentence_transformer: Path, packed
     np.testing.assert_array_equal(made.encode(SENTENCES), expected.encode(SENTENCES))
 
 
+def test_quantize_converts_poolers_too_if_no_module_is_kept(
+    tiny_sentence_transformer: Path, run: Run, tmp_path: Path
+) -> None:
+    result = run("quantize", tiny_sentence_transformer, tmp_path / "out", "--modules-to-not-convert", "none")
+    assert result.status == 0
+    assert "13 ternary layers" in result.out
+
+
 def test_quantize_half_precision_weights(run: Run, tmp_path: Path) -> None:
     model = SentenceTransformer(str(save_tiny_bert(tmp_path / "bert")), device="cpu").half()
     model.save_pretrained(str(tmp_path / "half"))

@@ -53,8 +53,8 @@ def calibrate(
 
     Args:
         model: full-precision sentence-transformers or transformers encoder (which gets mean pooling), a Hub id or folder.
-        texts: of the kind that it will embed. More are better and take longer; with too few for its depth and width the
-            model is fitted to them, not to others. Compare on texts that are not among them.
+        texts: of the kind that it will embed. More are better and take longer; with too few it fits them alone. Compare on
+            texts that are not among them.
         config: what to make.
         device: where to compute [the best there is].
 
