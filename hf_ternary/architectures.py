@@ -355,15 +355,15 @@ class NativeEncoder:
         self._read.append(array)
         return array
 
-    def _table(self, name: str | None) -> tuple[int, int, int, int, int, float]:
+    def _table(self, name: str | None) -> tuple[int, int, int, int, int]:
         if name is None:
-            return 0, 0, 0, 1, 32, 1.0
+            return 0, 0, 0, 1, 32
         if f"{name}.weight_scale" not in self._arrays:
             table = self._array(f"{name}.weight")
             if table.ndim != 2 or table.shape[1] != self.hidden:
                 raise ValueError(f"{name}.weight has shape {table.shape}, expected (..., {self.hidden})")
             self._tables.append(table)
-            return table.ctypes.data, 0, len(table), 1, 32, 1.0
+            return table.ctypes.data, 0, len(table), 1, 32
         codes, scale = self._array(f"{name}.weight", np.uint8), self._array(f"{name}.weight_scale")
         bits = next((b for b in (2, 4, 8) if codes.ndim == 2 and codes.shape[1] == -(-self.hidden * b // 8)), None)
         if bits is None or scale.ndim != 2 or len(scale) != len(codes) or not _divides(scale.shape[1], self.hidden):
@@ -371,7 +371,7 @@ class NativeEncoder:
                 f"{name} has codes {codes.shape} and scales {scale.shape}, which do not fit {self.hidden} columns"
             )
         self._tables += [codes, scale]
-        return codes.ctypes.data, scale.ctypes.data, len(codes), scale.shape[1], bits, 1.0
+        return codes.ctypes.data, scale.ctypes.data, len(codes), scale.shape[1], bits
 
     def _intermediate(self, architecture: Architecture, layer: str) -> int:
         """Columns that ``down`` reads."""

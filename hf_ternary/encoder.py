@@ -171,7 +171,7 @@ def _in_cpp(
     given = [None if t is None else t.contiguous() for t in (ids, types, states, mask)]
     source: Any = states if ids is None else ids
     rows, columns = source.shape[:2]
-    y = torch.empty((rows, columns, native.hidden), dtype=torch.float32)
+    y = torch.empty((rows, columns, native.hidden), dtype=torch.float32, device="cpu")
     at_ids, at_types, at_states, at_mask = (0 if t is None else t.data_ptr() for t in given)
     at_y, threads = y.data_ptr(), torch.get_num_threads()
     return y if native.hidden_states(at_ids, at_types, at_states, at_mask, rows, columns, at_y, threads) else None
@@ -317,7 +317,7 @@ class _State:
             self.obstacle = str(error)
 
     def holds(self) -> bool:
-        """Whether no weight was changed or replaced, no module, and no hook, since."""
+        """Whether no weight was changed or replaced, no module, and no hook, since. (Inference tensors do not tell.)"""
         if any(self._empty):
             return False
         contents = self._read()
@@ -349,8 +349,9 @@ def _state(module: nn.Module) -> _State:
     state = _states.get(module)
     if state is None or not state.holds():
         with _lock:
-            state = _State(module)
-            _states[module] = state
+            state = _states.get(module)  # another thread may have made it meanwhile
+            if state is None or not state.holds():
+                state = _states[module] = _State(module)
     return state
 
 

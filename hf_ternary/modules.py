@@ -215,7 +215,7 @@ class QuantizedEmbedding(_Packed):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """int ids ``[...]`` -> ``[..., embedding_dim]`` of the model's dtype."""
         rows = self._rows(F.embedding(ids, self.weight), F.embedding(ids, self.weight_scale)).to(self.dtype)
-        return rows * torch.tensor(self.multiplier, dtype=self.dtype) if self.multiplier != 1 else rows
+        return rows * rows.new_tensor(self.multiplier) if self.multiplier != 1 else rows
 
     def _rows(self, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return dequantize_rows(packing.unpack(packed, self.embedding_dim, self.bits), scale)

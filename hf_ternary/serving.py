@@ -4,7 +4,6 @@ For servers and functions, where start-up and memory count: only numpy, safetens
 huggingface_hub are imported. The folder is the one SentenceTransformer reads, and the embeddings are the same.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,12 @@ def load(model: str | Path, revision: str | None = None, threads: int | None = N
     Args:
         model: a folder, or a repository on the Hugging Face Hub.
         revision: branch, tag or commit of the repository.
-        threads: that a call uses; default: as many as this process has CPUs.
+        threads: that a call uses; default: as many as this process, or its container, has CPUs.
 
     Raises:
         ValueError: there is no such model, or it is not ternary, damaged, or of a kind that needs SentenceTransformer (the
             message says why).
-        ImportError: the C++ kernels are not built.
+        ImportError: the C++ kernels are not built or cannot be loaded.
     """
     return Encoder(model_folder(str(model), ["*.json", "*.safetensors"], revision), threads)
 
@@ -51,9 +50,7 @@ class Encoder:
                 f"hf_ternary.load needs the C++ kernels ({backends.choose().reason}). Fix: {backends.REINSTALL}, or use "
                 "SentenceTransformer"
             )
-        self.threads = threads or len(
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        )
+        self.threads = threads or backends.cores()
         transformer, self._pooling, self._dense, self._normalize = _modules(folder)
         config = read_json(transformer / "config.json")
         self._native = _native_encoder(transformer, config)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,36 @@ def test_concurrent_calls_give_the_same_bits(bert: Any):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_first_calls_at_once_pack_the_weights_once(bert: Any, monkeypatch: pytest.MonkeyPatch):
+    made: list[Any] = []
+    start = threading.Barrier(4)
+
+    class Slow(encoder._State):
+        def __init__(self, module: Any) -> None:
+            made.append(module)
+            time.sleep(0.2)
+            super().__init__(module)
+
+    def work() -> None:
+        start.wait()
+        encoder._state(bert)
+
+    monkeypatch.setattr(encoder, "_State", Slow)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+
+
+def test_another_default_device_is_none_of_its_business(bert: Any):
+    inputs = batch([3, 9])
+    expected = native(bert, inputs)
+    with torch.device("meta"):
+        assert torch.equal(native(bert, inputs), expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")

@@ -14,8 +14,6 @@
 #include <sys/auxv.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
-#elif defined(_M_ARM64)
-#include <windows.h>
 #endif
 
 namespace hf_ternary {
@@ -72,7 +70,7 @@ std::vector<Feature> detect() {
   };
 }
 
-#elif defined(__aarch64__) || defined(_M_ARM64)
+#elif defined(__aarch64__)
 
 bool has_dot_product() {
 #if defined(__linux__)
@@ -81,8 +79,6 @@ bool has_dot_product() {
   int value = 0;
   std::size_t size = sizeof value;
   return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value != 0;
-#elif defined(_M_ARM64)
-  return IsProcessorFeaturePresent(43);  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
 #else
   return false;
 #endif

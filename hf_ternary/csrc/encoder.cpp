@@ -18,14 +18,13 @@ std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * 
 
 // Code i of a row of `kBits`-bit codes stands for (code - 2**(kBits - 1) + 1/2) * scale.
 template <int kBits>
-void add_codes(const std::uint8_t* codes, const float* scale, std::int64_t group_size, float multiplier, float* x,
-               std::int64_t width) {
+void add_codes(const std::uint8_t* codes, const float* scale, std::int64_t group_size, float* x, std::int64_t width) {
   constexpr int kMask = (1 << kBits) - 1, kPerByte = 8 / kBits;
   constexpr float kOffset = 0.5f - (1 << (kBits - 1));
   for (std::int64_t k = 0; k < width; ++scale) {
     for (const std::int64_t end = k + group_size; k < end; ++k) {
       const int code = codes[k / kPerByte] >> (k % kPerByte * kBits) & kMask;
-      x[k] += (static_cast<float>(code) + kOffset) * *scale * multiplier;
+      x[k] += (static_cast<float>(code) + kOffset) * *scale;
     }
   }
 }
@@ -39,9 +38,9 @@ void add_row(const Table& table, std::int64_t row, float* x, std::int64_t width)
   const std::uint8_t* codes = static_cast<const std::uint8_t*>(table.codes) + row * ceil_div(width * table.bits, 8);
   const float* scale = table.scale + row * table.groups;
   const std::int64_t size = width / table.groups;
-  if (table.bits == 2) add_codes<2>(codes, scale, size, table.multiplier, x, width);
-  if (table.bits == 4) add_codes<4>(codes, scale, size, table.multiplier, x, width);
-  if (table.bits == 8) add_codes<8>(codes, scale, size, table.multiplier, x, width);
+  if (table.bits == 2) add_codes<2>(codes, scale, size, x, width);
+  if (table.bits == 4) add_codes<4>(codes, scale, size, x, width);
+  if (table.bits == 8) add_codes<8>(codes, scale, size, x, width);
 }
 
 // The position of column `column`, given how many tokens other than padding lie before it.

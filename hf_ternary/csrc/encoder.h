@@ -27,7 +27,6 @@ struct Table {
   const float* scale = nullptr;    // [rows, groups]
   std::int64_t rows = 0, groups = 1;
   int bits = 32;
-  float multiplier = 1.0f;
 };
 
 struct LinearSource {

@@ -1,4 +1,4 @@
-// x86 with AVX-512 VNNI (Intel since Ice Lake, AMD since Zen 4).
+// x86 with AVX-512 VNNI (Intel servers since Cascade Lake, AMD since Zen 4).
 //
 // How: vpdpbusd multiplies 64 stored codes (u8) by 64 activations (s8) and adds fours into 16 int32 lanes; the activations
 // of a row are one broadcast 32-bit word, read straight from memory.

@@ -7,7 +7,7 @@
 // {-1, 0, 1}: the same correction serves all kernels and saves a subtraction a vector.
 #include "kernel.h"
 
-#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) || defined(_M_ARM64)
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 
 #include <arm_neon.h>
 

@@ -45,11 +45,10 @@ LinearSource linear_source(const LinearTuple& t) {
 using NormTuple = std::tuple<std::uintptr_t, std::uintptr_t>;
 NormSource norm_source(const NormTuple& t) { return {at<const float>(std::get<0>(t)), at<const float>(std::get<1>(t))}; }
 
-// (codes, scale, rows, groups, bits, multiplier)
-using TableTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, int, float>;
+// (codes, scale, rows, groups, bits)
+using TableTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, int>;
 Table table(const TableTuple& t) {
-  return {at<const void>(std::get<0>(t)), at<const float>(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t),
-          std::get<5>(t)};
+  return {at<const void>(std::get<0>(t)), at<const float>(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
 }
 
 Activation activation(const std::string& name) {
@@ -128,6 +127,7 @@ bool embeddings(const Encoder& encoder, const std::vector<std::vector<std::int64
 }  // namespace
 
 NB_MODULE(_native, m) {
+  ThreadPool::instance();         // from now on it notices a fork
   nb::set_leak_warnings(false);  // weights kept in a cache live until the process ends
 
   m.def(

@@ -7,7 +7,11 @@
 #include "tile.h"
 
 #if defined(_MSC_VER) && !defined(__clang__)
+#ifdef _M_ARM64
+#include <arm_neon.h>
+#else
 #include <intrin.h>
+#endif
 #endif
 
 namespace hf_ternary {
@@ -23,9 +27,11 @@ HF_TERNARY_INLINE void store_some(float* x, typename Isa::Floats v, std::int64_t
 
 constexpr float kLog2E = 1.44269504f;
 
-// sqrt without the C library: its functions may not be used in these files (see tile.h).
+// One instruction: std::sqrt may be an inline function that the linker shares with other files (see tile.h).
 inline float square_root(float x) {
-#if defined(_MSC_VER) && !defined(__clang__)
+#if defined(_MSC_VER) && !defined(__clang__) && defined(_M_ARM64)
+  return vget_lane_f32(vsqrt_f32(vdup_n_f32(x)), 0);
+#elif defined(_MSC_VER) && !defined(__clang__)
   return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
 #else
   return __builtin_sqrtf(x);
@@ -90,7 +96,7 @@ HF_TERNARY_INLINE typename Isa::Floats exponential(typename Isa::Floats x) {
 }
 
 // x * Phi(x): Phi(x) - 1/2 is x times a polynomial in x**2, minimax on [-4.6, 4.6]. Absolute error below 2e-5, beyond 5 below
-// 5e-6 |x|: a thousandth of an int8 step, which is 1/127 of the largest in the row.
+// 5e-6 |x|: little beside the int8 step that the row is rounded to.
 template <class Isa>
 HF_TERNARY_INLINE typename Isa::Floats gelu(typename Isa::Floats x) {
   constexpr float kCoefficients[] = {0.15354355f,   -0.07575745f, 0.05413157f,   -0.04058561f,  0.029565025f,

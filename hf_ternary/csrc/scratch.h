@@ -1,7 +1,8 @@
-// Working memory of a call: one allocation a calling thread, kept for its next calls.
+// Working memory of a call: one allocation a calling thread, kept for its next calls unless it is very large.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "aligned_buffer.h"
 #include "kernel.h"
@@ -12,8 +13,9 @@ namespace hf_ternary {
 class Scratch {
  public:
   explicit Scratch(std::int64_t bytes) {
-    thread_local AlignedBuffer<std::uint8_t> memory;
-    next_ = memory.reserve(bytes);
+    thread_local AlignedBuffer<std::uint8_t> kept;
+    if (bytes > kKept) own_ = std::make_shared<AlignedBuffer<std::uint8_t>>(bytes);
+    next_ = own_ ? own_->data() : kept.reserve(bytes);
   }
   // Takes nothing but counts: carve from it, then ask for `taken()`.
   static Scratch measure() { return Scratch(); }
@@ -36,8 +38,11 @@ class Scratch {
   }
 
  private:
+  static constexpr std::int64_t kKept = std::int64_t{256} << 20;
+
   Scratch() = default;
 
+  std::shared_ptr<AlignedBuffer<std::uint8_t>> own_;
   std::uint8_t* next_ = nullptr;
 };
 

@@ -30,12 +30,6 @@ std::atomic<ThreadPool*> pool{nullptr};
 std::atomic<const ThreadPool::OpenMp*> openmp{nullptr};
 bool forked = false;  // an OpenMP runtime may wait forever for threads that only the parent has
 
-struct SharedJob {
-  void (*help)(void* job, int thread);
-  void* job;
-  int (*thread_number)();
-};
-
 }  // namespace
 
 ThreadPool& ThreadPool::instance() {
@@ -56,7 +50,7 @@ ThreadPool& ThreadPool::instance() {
 
 void ThreadPool::share(OpenMp runtime) {
   instance();  // sees to it that a fork ends the sharing
-  if (!forked) openmp = new OpenMp(runtime);
+  if (!forked) openmp = runtime.parallel ? new OpenMp(runtime) : nullptr;
 }
 
 void ThreadPool::Job::start(int threads, std::int64_t tasks, decltype(function) function, void* work) {
@@ -80,11 +74,14 @@ void ThreadPool::run(int threads, std::int64_t tasks, decltype(Job::function) fu
   if (const OpenMp* runtime = openmp; threads > 1 && runtime) {
     Job job;
     job.start(threads, tasks, function, work);
-    SharedJob shared{[](void* job, int thread) { static_cast<Job*>(job)->help(thread); }, &job, runtime->thread_number};
+    struct Shared {
+      Job* job;
+      int (*thread_number)();
+    } shared{&job, runtime->thread_number};
     runtime->parallel(
         [](void* argument) {
-          const SharedJob& shared = *static_cast<SharedJob*>(argument);
-          shared.help(shared.job, shared.thread_number());
+          const Shared& shared = *static_cast<Shared*>(argument);
+          shared.job->help(shared.thread_number());
         },
         &shared, static_cast<unsigned>(threads), 0);
     return;
@@ -103,7 +100,10 @@ void ThreadPool::run(int threads, std::int64_t tasks, decltype(Job::function) fu
     wake_.notify_all();
   }
   job_.help(0);
-  for (int none = 0; !joined_.compare_exchange_weak(none, kClosed); none = 0) pause();
+  for (int none = 0, turns = 0; !joined_.compare_exchange_weak(none, kClosed); none = 0) {
+    if (++turns < 1000) pause();
+    else std::this_thread::yield();  // the worker may need this core
+  }
 }
 
 void ThreadPool::grow(int workers) {

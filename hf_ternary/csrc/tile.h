@@ -15,7 +15,8 @@
 //   and the functions used below.
 //
 // Everything is in an unnamed namespace: each kernel file compiles its own copy under its own flags, and no copy with, say,
-// AVX-512 instructions can be the one that the linker keeps for the others. For the same reason no std:: function is used.
+// AVX-512 instructions can be the one that the linker keeps for the others. For the same reason no inline function of the
+// standard library is used.
 #pragma once
 
 #include <cstdint>

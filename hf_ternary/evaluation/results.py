@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..ops.backends import cores
 from ..version import __version__
 
 PACKAGES = (
@@ -122,7 +123,7 @@ def _hardware() -> dict[str, Any]:
     has_gpu = torch is not None and torch.cuda.is_available()
     return {
         "cpu": _cpu(),
-        "cores": _cores(),
+        "cores": cores(),
         "memory_gib": _memory_gib(),
         "gpu": torch.cuda.get_device_name() if has_gpu and torch is not None else None,
         "system": f"{platform.system()} {platform.machine()}",
@@ -143,10 +144,6 @@ def _cpu() -> str:
     return " ".join([name, f"(family/model/stepping {family})" if family else "", *useful]).replace("  ", " ").strip()
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _memory_gib() -> float | None:
     if not hasattr(os, "sysconf"):  # Windows
         return None
@@ -155,4 +152,4 @@ def _memory_gib() -> float | None:
 
 def _threads() -> int:
     torch = sys.modules.get("torch")
-    return torch.get_num_threads() if torch is not None else _cores()
+    return torch.get_num_threads() if torch is not None else cores()

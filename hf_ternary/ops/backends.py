@@ -5,10 +5,12 @@ can, else the reference. The environment variable ``HF_TERNARY_BACKEND``, read a
 ``triton`` for GPUs, or ``reference`` for both. A forced backend that cannot run here is an error, never replaced.
 """
 
+import math
 import os
 import sys
 from functools import cache
 from importlib import import_module, metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ GPU_KERNELS = "triton"
 ALLOWED = ("auto", "reference", *KERNELS, GPU_KERNELS)
 OLDEST_GPU = (8, 0)  # compute capability: int8 and bfloat16 tensor cores
 OLDEST_TRITON = (3, 4)
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time in a period, and the period
 
 INSTALL_TRITON = 'pip install "hf_ternary[gpu]"'
 REINSTALL = "pip install --force-reinstall --no-deps --no-binary hf_ternary hf_ternary"
@@ -33,13 +36,20 @@ class Choice(NamedTuple):
     reason: str
 
 
-@cache
 def native() -> ModuleType | None:
-    """The C++ extension, or None where it was not built."""
+    """The C++ extension, or None where it cannot be used."""
+    return _find_native()[0]
+
+
+@cache
+def _find_native() -> tuple[ModuleType | None, str]:
+    """The C++ extension, or None and why there is none."""
     try:
-        return import_module("hf_ternary._native")
-    except ImportError:
-        return None
+        return import_module("hf_ternary._native"), ""
+    except ModuleNotFoundError:
+        return None, "the C++ kernels are not built"
+    except ImportError as error:  # built for another system, or a shared library is missing or too old
+        return None, f"the C++ kernels cannot be loaded ({error})"
 
 
 def compiled() -> dict[str, str]:
@@ -76,9 +86,7 @@ def choose() -> Choice:
     forced = requested()
     if forced in ("auto", GPU_KERNELS):
         backend = usable()[0]
-        if native() is None:
-            return Choice(backend, False, "the C++ kernels are not built")
-        return Choice(backend, False, "the fastest that this build has and this CPU can run")
+        return Choice(backend, False, _find_native()[1] or "the fastest that this build has and this CPU can run")
     if forced != "reference":
         _check_usable(forced)
     return Choice(forced, True, f"forced by {VARIABLE}")
@@ -90,7 +98,7 @@ def _check_usable(backend: str) -> None:
         return
     available = f"Available here: auto, {', '.join(usable())}"
     if native() is None:
-        raise ImportError(f"{VARIABLE}={backend}: the C++ kernels are not built. {available}. Fix: {REINSTALL}")
+        raise ImportError(f"{VARIABLE}={backend}: {_find_native()[1]}. {available}. Fix: {REINSTALL}")
     if missing is None:
         raise ImportError(f"{VARIABLE}={backend}: this build has no such kernel (other CPU or compiler). {available}")
     raise ValueError(f"{VARIABLE}={backend}: this CPU lacks {missing}. {available}")
@@ -141,6 +149,16 @@ def _unfit(device: int) -> str:
     return ""
 
 
+def cores() -> int:
+    """CPU cores that this process may use: those that it may run on, and no more than its container's quota (cgroup 2)."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text(encoding="ascii").split()
+    except OSError:
+        return allowed
+    return allowed if quota == "max" else min(allowed, math.ceil(int(quota) / int(period)))
+
+
 def capabilities() -> dict[str, Any]:
     """What computes on this machine, and what else could.
 
@@ -161,7 +179,7 @@ def capabilities() -> dict[str, Any]:
         "compiled": list(compiled()),
         "usable": usable(),
         "cpu": module.cpu_features() if module else [],
-        "threads": torch.get_num_threads() if torch else os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else cores(),
         "gpus": [_gpu(torch, device) for device in range(torch.cuda.device_count())] if torch else [],
     }
 

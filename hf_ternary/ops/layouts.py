@@ -1,8 +1,8 @@
 """A backend's own memory layout of a packed weight, made when the weight is first used and kept beside it.
 
 It lies outside the tensor: it is not saved, copied or pickled with a module, it is made anew when the weight or its scale
-is replaced or written to, and it goes when the weight goes. Writes that torch itself cannot see (through ``.data`` or numpy)
-are not noticed.
+is replaced or written to, and it goes when the weight goes. Writes that torch itself does not count (through ``.data`` or
+numpy, or into tensors made in inference mode) are not noticed.
 """
 
 import weakref

@@ -28,9 +28,9 @@ class Model {
  public:
   Model(const Kernel& kernel, const Shape& shape) : random_(shape.pre_norm) {
     const std::int64_t up = (shape.pre_norm ? 2 : 1) * kIntermediate;
-    const Table types = shape.pre_norm ? Table{} : Table{floats(2 * kHidden, 0.5f), nullptr, 2, 1, 32, 1.0f};
-    const Table tokens{bytes(kVocabulary * kHidden / 2, 255), floats(kVocabulary * 2, 0.05f), kVocabulary, 2, 4, 1.0f};
-    const Table positions{floats(kReach * kHidden, 0.5f), nullptr, kReach, 1, 32, 1.0f};
+    const Table types = shape.pre_norm ? Table{} : Table{floats(2 * kHidden, 0.5f), nullptr, 2, 1, 32};
+    const Table tokens{bytes(kVocabulary * kHidden / 2, 255), floats(kVocabulary * 2, 0.05f), kVocabulary, 2, 4};
+    const Table positions{floats(kReach * kHidden, 0.5f), nullptr, kReach, 1, 32};
     const float* bias = shape.pre_norm ? nullptr : floats(kHeads * (2 * kReach + 1), 1.0f);
     encoder = std::make_unique<Encoder>(
         kernel, EncoderOptions{kHidden, kHeads, kIntermediate, shape.pre_norm ? Activation::silu : Activation::gelu,

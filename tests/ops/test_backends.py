@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,14 @@ torch.testing.assert_close(y, x @ codes.T.float(), rtol=0.01, atol=0.1)
 print(backends.capabilities()["backend"])
 """
 HIDE_KERNELS = "import sys; sys.modules['hf_ternary._native'] = None\n"
+BREAK_KERNELS = """
+import sys
+class Broken:
+    def find_spec(name, path=None, target=None):
+        if name == "hf_ternary._native":
+            raise ImportError("libstdc++.so.6: GLIBCXX_3.4.32 not found")
+sys.meta_path.insert(0, Broken)
+"""
 
 
 def run(script: str, backend: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -73,6 +82,24 @@ def test_kernels_not_built() -> None:
     assert done.stdout.strip() == "reference"
     assert done.stderr.count("RuntimeWarning") == 1
     assert "the C++ kernels are not built, so the slower torch reference runs. Fix: install a C++ compiler" in done.stderr
+
+
+def test_kernels_built_for_another_system() -> None:
+    why = "the C++ kernels cannot be loaded (libstdc++.so.6: GLIBCXX_3.4.32 not found)"
+    done = run(BREAK_KERNELS + USE)
+    assert done.stdout.strip() == "reference"
+    assert f"{why}, so the slower torch reference runs" in done.stderr
+    assert f"ImportError: HF_TERNARY_BACKEND=scalar: {why}" in run(BREAK_KERNELS + USE, "scalar").stderr
+
+
+@pytest.mark.parametrize(("quota", "most"), [("max 100000", None), ("150000 100000", 2), ("50000 100000", 1)])
+def test_cores_are_those_of_the_container(
+    quota: str, most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "QUOTA", tmp_path / "cpu.max")
+    without = backends.cores()
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert backends.cores() == min(without, most or without)
 
 
 def test_kernels_not_built_but_forced() -> None:

@@ -47,7 +47,8 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture(params=["threads of torch", "threads of our own"])
-def either_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+def either_threads(request: pytest.FixtureRequest, kernel: native.NativeLinear) -> Iterator[None]:
+    """After ``kernel``, which shares torch's."""
     module = backends.native()
     if request.param == "threads of our own":
         module.share_openmp(0, 0)
