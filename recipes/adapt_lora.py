@@ -37,6 +37,9 @@ try:
 except ImportError:  # before sentence-transformers 6
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
+# Options that decide the outcome: a stopped run goes on only with the same.
+SETTING = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "bf16", "max_length", "scale", "seed")
+
 
 @dataclass
 class AdaptArguments(SentenceTransformerTrainingArguments):
@@ -113,14 +116,14 @@ def adapt(options: AdaptArguments) -> dict[str, Any]:
     longest, model.max_seq_length = model.max_seq_length, options.max_length or model.max_seq_length
     loss = MultipleNegativesRankingLoss(model, scale=options.scale)
     trainer = SentenceTransformerTrainer(model, options, train_dataset=pairs, loss=loss)
-    adapter = {"rank": options.rank, "alpha": options.alpha, "target_modules": options.target_modules}
+    adapter = {name: getattr(options, name) for name in ("rank", "alpha", "dropout", "target_modules")}
     told = {
         "source": "/".join(Path(options.pairs).parts[-2:]),
         "columns": [options.anchor, options.positive],
         "count": len(pairs),
         "sha256": hashlib.sha256(repr(pairs[:]).encode()).hexdigest(),
     }
-    setting = {"learning_rate": options.learning_rate, "max_length": options.max_length, "seed": options.seed}
+    setting = {name: getattr(options, name) for name in SETTING} | {"batch": options.train_batch_size * options.world_size}
     checkpoint = last_checkpoint(output)
     claim(output, checkpoint, {"model": base, "adapter": adapter, "pairs": told, **setting}, options.process_index == 0)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -133,12 +136,9 @@ def adapt(options: AdaptArguments) -> dict[str, Any]:
         "pairs": told,
         "training": {
             "steps": outcome.global_step,
-            "batch": options.train_batch_size * options.world_size,
             "epochs": options.num_train_epochs,
-            "learning_rate": options.learning_rate,
-            "max_length": options.max_length,
-            "loss": outcome.training_loss,
-            "seconds": outcome.metrics["train_runtime"],
+            **setting,
+            "seconds_of_last_session": outcome.metrics["train_runtime"],
         },
     }
     if trainer.is_world_process_zero():

@@ -115,6 +115,8 @@ def read_corpus(corpus: str, split: str) -> Dataset:
         return load_dataset(corpus, split=split)
     if missing := [file for file in files if not (file.exists() and _builder(file))]:
         raise ValueError(f"{missing[0]} does not exist or is no text file; allowed: {', '.join(BUILDERS)}, gzipped or not")
+    if others := [file for file in files if _builder(file) != _builder(files[0])]:
+        raise ValueError(f"{corpus} holds {files[0].name} and {others[0].name}, of different kinds. Fix: give files of one")
     texts = load_dataset(_builder(files[0]), data_files=[str(file) for file in files], split="train")
     if not len(texts):
         raise ValueError(f"{corpus} holds no text")

@@ -36,6 +36,9 @@ from hf_ternary.evaluation.files import read_labelled_images
 from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
 from options import parse
 
+# Options that decide the outcome: a stopped run goes on only with the same.
+SETTING = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "bf16", "smallest_crop", "seed")
+
 
 @dataclass
 class VitArguments(TrainingArguments):
@@ -75,8 +78,9 @@ def train(options: VitArguments) -> dict[str, Any]:
     data = read_labelled_images(options.images, ("train", options.test_split))
     names = data["train"].features["label"].names
     processor = AutoImageProcessor.from_pretrained(options.model)
+    checkpoint = last_checkpoint(output)
     model = AutoModelForImageClassification.from_pretrained(
-        options.model,
+        checkpoint or options.model,  # the trainer itself reads only weights whose names the model class has not changed
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
         ignore_mismatched_sizes=True,  # a classifier of other classes is replaced
@@ -92,8 +96,7 @@ def train(options: VitArguments) -> dict[str, Any]:
         processing_class=processor,
     )
     source = {"source": Path(options.images).name, **{split: len(images) for split, images in data.items()}}
-    setting = {name: getattr(options, name) for name in ("learning_rate", "weight_decay", "smallest_crop", "seed")}
-    checkpoint = last_checkpoint(output)
+    setting = {name: getattr(options, name) for name in SETTING} | {"batch": options.train_batch_size * options.world_size}
     made_from = {"model": weights(options.model), "images": source, "classes": names, **setting}
     claim(output, checkpoint, made_from, options.process_index == 0)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -106,13 +109,9 @@ def train(options: VitArguments) -> dict[str, Any]:
         "accuracy": metrics["eval_accuracy"],
         "training": {
             "steps": outcome.global_step,
-            "batch": options.train_batch_size * options.world_size,
             "epochs": options.num_train_epochs,
-            "learning_rate": options.learning_rate,
-            "weight_decay": options.weight_decay,
-            "smallest_crop": options.smallest_crop,
-            "loss": outcome.training_loss,
-            "seconds": outcome.metrics["train_runtime"],
+            **setting,
+            "seconds_of_last_session": outcome.metrics["train_runtime"],
         },
     }
     if trainer.is_world_process_zero():

@@ -91,6 +91,7 @@ class DistillArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be False"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN stops the run instead"})
     ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "a pooler may go unused"})
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the packed model to hub_model_id at the end"})
     report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, ..."})
     seed: int = field(default=0, metadata={"help": "of every draw"})
 
@@ -128,6 +129,8 @@ class DistillArguments(TrainingArguments):
             raise ValueError(f"loss weights {self.loss_weights()} are not allowed: one must be positive, none negative")
         if bool(self.relation_weight) != bool(self.relation_modules):
             raise ValueError("relation_weight and relation_modules need each other")
+        if self.per_device_train_batch_size != TrainingArguments.per_device_train_batch_size:
+            raise ValueError("per_device_train_batch_size is not used; give batch_tokens, over all processes")
         self.ternary_config()
 
     def loss_weights(self) -> dict[str, float]:

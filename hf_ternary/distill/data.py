@@ -5,13 +5,15 @@ Everything is drawn from one seed and made anew when a run resumes, so a resumed
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from ..evaluation.results import feed
 
 # Inputs of a pool are sorted by length before batches are cut from it, so that hardly anything is padding.
 BATCHES_A_POOL = 64
@@ -155,12 +157,16 @@ def load(source: str, *arguments: str, **options: Any) -> Any:
         ) from error
 
 
-def fingerprint(source: str) -> dict[str, str]:
-    """SHA-256 of a file, or of the names and contents of a folder's."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        return {}
-    digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
+def identify(source: str, texts: Iterable[str] = ()) -> dict[str, str]:
+    """Name and SHA-256 of a source: of a file, of the names and contents of a folder's, or of the texts of a dataset."""
+    path, digest = Path(source).expanduser(), hashlib.sha256()
+    if path.is_file():
+        feed(digest, path)
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
-    return {"sha256": digest.hexdigest()}
+        digest.update(file.relative_to(path).as_posix().encode())
+        feed(digest, file)
+    if path.exists():
+        return {"source": path.name, "sha256": digest.hexdigest()}
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return {"source": source, **({"sha256": digest.hexdigest()} if texts else {})}

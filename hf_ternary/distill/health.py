@@ -16,7 +16,7 @@ class Health(TrainerCallback):
 
     * ``zeros``: share of the codes that are 0. A third to a half is usual; near 1 the layer is dying.
     * ``flips``: share of the codes that the step changed. It should fall with the learning rate.
-    * ``drift``: mean of ``|scale / first scale - 1|``.
+    * ``drift``: mean of ``|scale / first scale - 1|``; the first is that of plain rounding, or of ``student``.
     """
 
     def __init__(self, student: nn.Module) -> None:

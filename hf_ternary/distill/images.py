@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .data import Corpus, fingerprint, load, split_weight
+from .data import Corpus, identify, load, split_weight
 
 
 def read_images(sources: Sequence[str], held_out: int, seed: int) -> Corpus:
@@ -30,7 +30,7 @@ def read_images(sources: Sequence[str], held_out: int, seed: int) -> Corpus:
         table = _read_table(name)
         pictures = [Picture(table, row, name) for row in range(len(table))]
         corpus.add(pictures, weight, -(-held_out // len(sources)), np.random.default_rng([seed, number]))
-        corpus.sources.append({"source": Path(name).name, "images": len(table), "weight": weight, **fingerprint(name)})
+        corpus.sources.append({**identify(name), "images": len(table), "weight": weight})
     corpus.check("images", sources, held_out)
     return corpus
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments, set_seed
 
 from ..evaluation.results import provenance, weights, write_json
 from ..files import read_json
-from ..hub import check_target, save_pretrained
+from ..hub import check_target, push_to_hub, save_pretrained
 from .arguments import DistillArguments
 from .calibrate import compensate
 from .data import Corpus
@@ -63,14 +64,16 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
     Raises:
         ValueError: options, data, teacher or tokenizer that do not fit; the message names the fix.
         FloatingPointError: the loss became NaN or infinite; the message names the step and the inputs.
-        OSError: a checkpoint or the model could not be written; the last whole checkpoint is intact.
+        OSError: a checkpoint or the model could not be written; the last whole checkpoint is intact. Or the Hub refused.
     """
     keep_freed_memory()
     set_seed(args.seed)
     started = time.perf_counter()
     output = Path(args.output_dir or "runs/distill")
     check_target(output / "model")
+    repository, args.push_to_hub = _repository(args), False  # the trainer would push its checkpoints
     checkpoint = args.resume_from_checkpoint or last_checkpoint(output)
+    args.eval_on_start &= checkpoint is None
     teacher = load_teacher(args.teacher, args.max_length, "image" if args.images else "text")
     config = args.ternary_config()
     student = make_student(teacher, config, args.learned_scale, args.attn_implementation)
@@ -94,7 +97,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         fix_codes(student)
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    fidelity = trainer.evaluate() if len(held_out) else {}
+    fidelity = _fidelity(trainer)
     if trainer.is_world_process_zero():
         try:
             plot(trainer.state.log_history, output / "health.png")
@@ -106,7 +109,25 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         summary = _summary(args, corpus, train, trainer, fidelity, time.perf_counter() - started)
         save_pretrained(packed.cpu(), output / "model", base_model=base_model, training=summary)
         write_json(output / "summary.json", {"weights": weights(output / "model"), **summary})
+        if repository:
+            push_to_hub(output / "model", repository, private=args.hub_private_repo, token=args.hub_token)
     return packed
+
+
+def _repository(args: DistillArguments) -> str | None:
+    """Where the model is to be pushed; made now, as hours of work are to end there."""
+    if not args.push_to_hub or args.process_index:
+        return None
+    name = args.hub_model_id or Path(args.output_dir or "").name
+    return HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+
+
+def _fidelity(trainer: DistillTrainer) -> dict[str, float]:
+    """Of the last step; measured now unless that was done during training."""
+    for entry in reversed(trainer.state.log_history):
+        if "eval_cosine" in entry and entry["step"] == trainer.state.global_step:
+            return {name: value for name, value in entry.items() if name.startswith("eval_cosine")}
+    return trainer.evaluate()
 
 
 def _made_from(args: DistillArguments, corpus: Corpus) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Unlabelled texts: reading, passages, tokens."""
 
 import gzip
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..evaluation import files
-from .data import Corpus, fingerprint, load, split_weight
+from .data import Corpus, identify, load, split_weight
 from .student import transformer_of
 
 TEXT_FILES = (".jsonl", ".txt", ".parquet")
 
 # A text is cut to this many characters a token before it is tokenized; no tokenizer needs more.
 CHARACTERS_A_TOKEN = 32
+
+# Thai, Lao, Burmese, Khmer, Japanese, Chinese: no blanks between words.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 
 def read_corpus(
@@ -45,7 +49,7 @@ def read_corpus(
         texts = read_texts(name)
         passages = join_passages(texts, passage_share, passage_words, rng)
         corpus.add(passages, weight, -(-held_out // len(sources)), rng)
-        corpus.sources.append({"source": Path(name).name, "texts": len(texts), "weight": weight, **fingerprint(name)})
+        corpus.sources.append({**identify(name, texts), "texts": len(texts), "weight": weight})
     unseen = set(corpus.held_out)  # another source may hold the same text
     corpus.train = [text for text in corpus.train if text not in unseen]
     corpus.check("texts", sources, held_out)
@@ -57,7 +61,8 @@ def read_texts(source: str) -> list[str]:
 
     Args:
         source: ``.jsonl`` (one object a line, with ``text``), ``.txt`` (one text a line), either gzipped or not,
-            ``.parquet`` (column ``text``), a folder of such files, or a `datasets` id (split ``train``, column ``text``).
+            ``.parquet`` (column ``text``), a folder of such files, or a `datasets` id (split ``train``, column ``text``),
+            with ``:CONFIG`` if it has several: ``Salesforce/wikitext:wikitext-2-v1``.
 
     Returns:
         The distinct texts, blank ones left out.
@@ -90,12 +95,17 @@ def join_passages(texts: Sequence[str], share: float, words: tuple[int, int], rn
         position += 1
         if rng.random() < share:
             target = rng.integers(words[0], words[1], endpoint=True)
-            length = texts[start].count(" ")
+            length = _words(texts[start]) - 1
             while length < target and position < len(texts):
-                length += texts[position].count(" ") + 1
+                length += _words(texts[position])
                 position += 1
         passages.append(" ".join(texts[start:position]))
     return passages
+
+
+def _words(text: str) -> int:
+    """About how many words; in scripts that put no blanks between them, one for two characters."""
+    return text.count(" ") + 1 + (0 if text.isascii() else len(UNSPACED.findall(text)) // 2)
 
 
 class TokenizedTexts(Dataset[dict[str, Any]]):
@@ -178,7 +188,8 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 def _read_hub(source: str) -> list[str]:
-    table = load(source, source)
+    name, _, config = source.partition(":")
+    table = load(source, name, *filter(None, [config]))
     if "text" not in table.column_names:
         raise ValueError(f'dataset {source} has no column "text"; it has {", ".join(table.column_names)}')
     return _distinct(table["text"], source)

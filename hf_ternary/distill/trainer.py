@@ -250,9 +250,9 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def _embed(self, encoder: Encoder, data: TokenizedTexts | Images) -> torch.Tensor:
-        """float32 ``[len(data), D]`` on the CPU, computed in batches of about one length."""
+        """float32 ``[len(data), D]`` on the CPU, in float32 as the packed model: around its own forward is autocast."""
         batches = by_length(data.lengths)
-        rows = [encoder(**self._batch(data, index))["embedding"].float().cpu() for index in batches]
+        rows = [Encoder.forward(encoder, **self._batch(data, index))["embedding"].float().cpu() for index in batches]
         return torch.cat(rows)[torch.from_numpy(np.concatenate(batches).argsort())]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

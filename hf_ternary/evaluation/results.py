@@ -63,8 +63,15 @@ def weights(model: str | Path) -> dict[str, Any]:
         return {}
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        feed(digest, file)
     return {"bytes": sum(file.stat().st_size for file in files), "sha256": digest.hexdigest()}
+
+
+def feed(digest: Any, file: Path) -> None:
+    """Update a hash with a file that may be larger than memory."""
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
 
 
 def _cached(name: str) -> Path:
@@ -74,7 +81,10 @@ def _cached(name: str) -> Path:
     if "/" not in name:  # sentence-transformers' short name of its own model, or a very old model
         with suppress(LocalEntryNotFoundError):
             return _cached(f"sentence-transformers/{name}")
-    return Path(snapshot_download(name, allow_patterns=["*.safetensors"], local_files_only=True))
+    options: dict[str, Any] = {"allow_patterns": ["*.safetensors"], "local_files_only": True}
+    with suppress(LocalEntryNotFoundError):
+        return Path(snapshot_download(name, cache_dir=os.getenv("SENTENCE_TRANSFORMERS_HOME"), **options))
+    return Path(snapshot_download(name, **options))
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

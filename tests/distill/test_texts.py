@@ -1,6 +1,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,30 @@ def test_passages_keep_every_text_in_order():
     assert 0.3 < np.mean(np.array(lengths) == 3) < 0.8  # texts alone
     assert all(n == 3 or 10 <= n <= 23 for n in lengths[:-1])  # a passage ends with the text that fills it
     assert join_passages(texts, 0.0, (10, 20), np.random.default_rng(0)) == texts
+
+
+def test_passages_of_a_script_without_blanks_are_no_longer():
+    texts = ["\u5929\u5730\u7384\u9ec4" * 5] * 500  # 20 characters
+    lengths = [len(p.replace(" ", "")) for p in join_passages(texts, 0.5, (40, 180), np.random.default_rng(0))]
+    assert np.mean(np.array(lengths) == 20) > 0.3  # texts alone
+    assert all(n == 20 or 60 <= n <= 380 for n in lengths[:-1])
+
+
+def test_a_dataset_is_told_by_its_id_and_its_texts(monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets")
+    asked, texts = [], [f"text {i}" for i in range(40)]
+
+    def load_dataset(*names: str, split: str) -> Any:
+        asked.append((*names, split))
+        return datasets.Dataset.from_dict({"text": texts})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources = [read_corpus([name], 4, 0.0, (5, 10), seed=0).sources[0] for name in ("me/news", "me/wiki:de=0.5")]
+    texts[0] = "another"
+    sources += read_corpus(["me/news"], 4, 0.0, (5, 10), seed=0).sources
+    assert asked == [("me/news", "train"), ("me/wiki", "de", "train"), ("me/news", "train")]
+    assert [source["source"] for source in sources] == ["me/news", "me/wiki:de", "me/news"]
+    assert sources[0]["sha256"] == sources[1]["sha256"] != sources[2]["sha256"]
 
 
 def test_tokens_are_those_of_the_tokenizer():

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from hf_ternary.distill.student import Encoder
 from hf_ternary.distill.trainer import last_checkpoint
 from hf_ternary.packing import unpack
 from tests.conftest import SENTENCES, tiny_tokenizer
+from tests.hub_server import TOKEN, HubServer
 from tests.test_architectures import build
 
 Options = Callable[..., dict[str, Any]]
@@ -78,7 +80,10 @@ distill(DistillArguments(**json.loads(sys.argv[1])))
 """
 
 
-def test_the_teacher_is_as_mixed_in_precision_as_the_student(options: Options, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_teacher_is_as_mixed_in_precision_as_the_student_and_neither_when_measured(
+    measured: bool, options: Options, monkeypatch: pytest.MonkeyPatch
+):
     mixed: list[bool] = []
     forward = Encoder.forward
 
@@ -87,9 +92,28 @@ def test_the_teacher_is_as_mixed_in_precision_as_the_student(options: Options, m
         return forward(self, *args, **inputs)
 
     monkeypatch.setattr(Encoder, "forward", watched)
-    distill(DistillArguments(**options(max_steps=2, bf16=True, eval_strategy="no", eval_on_start=False, eval_texts=0)))
-    # The teacher alone is looked at before the first step; then teacher and student take turns.
-    assert mixed == [False, True, True, True, True]
+    changes = {} if measured else {"eval_texts": 0}
+    distill(DistillArguments(**options(max_steps=2, bf16=True, eval_strategy="no", eval_on_start=False, **changes)))
+    # The teacher alone is looked at before the first step; then teacher and student take turns, also at the end.
+    assert mixed == [False, True, True, True, True, *[False, False] * measured]
+
+
+def test_the_packed_model_is_pushed_at_the_end(options: Options, tmp_path: Path):
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps(options(max_steps=2, save_steps=1, push_to_hub=True, hub_model_id="tester/distilled")))
+    recipe = Path(__file__).parents[2] / "recipes" / "distill.py"
+    with HubServer() as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+        environment = {**os.environ, **settings, "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, str(recipe), "--config", str(run)]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert process.returncode == 0, process.stderr
+        assert hub.unhandled == []
+        files = hub.files("tester/distilled")
+    model = tmp_path / "run" / "model"
+    assert {str(file.relative_to(model)) for file in model.rglob("*") if file.is_file()} <= files.keys()
+    assert files["model.safetensors"].content == (model / "model.safetensors").read_bytes()
+    assert not [name for name in files if "checkpoint" in name or name in ("run.json", "training_args.bin")]
 
 
 def test_kill_and_resume_give_the_bits_of_an_undisturbed_run(options: Options, tmp_path: Path):
@@ -107,6 +131,8 @@ def test_kill_and_resume_give_the_bits_of_an_undisturbed_run(options: Options, t
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
     losses = [[(entry["step"], entry["loss"]) for entry in log(run) if "loss" in entry] for run in (undisturbed, killed)]
     assert losses[0] == losses[1]
+    measured = [[entry["step"] for entry in log(run) if "eval_cosine" in entry] for run in (undisturbed, killed)]
+    assert measured == [[0, 6, 12]] * 2
 
 
 def test_a_finished_run_can_be_finished_again_and_an_early_end_is_a_step(options: Options):
@@ -362,6 +388,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
         ({"calibration_texts": 0}, "calibration_texts=0"),
         ({"embedding_bits": 3}, "embedding_bits=3"),
         ({"layers": [7]}, "layers"),
+        ({"per_device_train_batch_size": 16}, "give batch_tokens"),
     ],
 )
 def test_options_that_are_not_allowed(options: Options, changes: dict[str, Any], message: str):

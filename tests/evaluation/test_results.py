@@ -88,6 +88,10 @@ def test_weights_of_models_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
     assert weights("short") == weights("sentence-transformers/short") != weights("old")
     with pytest.raises(OSError, match="cached snapshot"):
         weights("unknown")
+    old = weights("old")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path))
+    assert weights("old") == old
 
 
 def test_write_json_is_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_queries_are_no_documents(tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"text {i}\n" for i in range(30)))
     collection = ann_search.read_collection(str(texts), None, 10, None, seed=3)
-    assert len(collection.documents), len(collection.queries) == (20, 10)
+    assert (len(collection.documents), len(collection.queries)) == (20, 10)
     assert not collection.documents.keys() & collection.queries.keys()
     assert collection.fingerprint() == ann_search.read_collection(str(texts), None, 10, None, seed=3).fingerprint()
     assert collection.fingerprint() != ann_search.read_collection(str(texts), None, 10, None, seed=4).fingerprint()

@@ -142,6 +142,7 @@ def test_a_missing_shard_is_no_index(tmp_path: Path) -> None:
     [
         ("nothing.jsonl", [], "does not exist"),
         ("folder", [], "holds no text file"),
+        ("mixed", [], "holds LICENSE.txt and part.jsonl, of different kinds"),
         ("corpus.jsonl", ["--column", "body"], "no column 'body'; it has _id, title, text"),
         ("corpus.jsonl", ["--index", "IVF4,PQ5"], "faiss cannot build index 'IVF4,PQ5'"),
     ],
@@ -150,6 +151,9 @@ def test_errors_are_one_line(
     source: str, options: list[str], message: str, model: Path, corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "LICENSE.txt").write_text("CC0\n")
+    (tmp_path / "mixed" / "part.jsonl").write_text('{"text": "a"}\n')
     output = run(model, tmp_path / source, tmp_path / "out", "--shard-size", 500, *options, code=2)
     assert message in output.splitlines()[-1]
 

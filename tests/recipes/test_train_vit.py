@@ -78,7 +78,7 @@ def test_a_stopped_run_goes_on(run: Run, tmp_path: Path) -> None:
     before = first.stat().st_mtime_ns
     assert run("--num_train_epochs", 2)["training"]["steps"] == 8
     assert first.stat().st_mtime_ns == before
-    assert last.exists()
+    assert last.read_bytes() == (tmp_path / "gone" / "model.safetensors").read_bytes()
 
 
 def test_crops_keep_most_of_the_image() -> None:
