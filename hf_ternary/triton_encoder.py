@@ -33,6 +33,7 @@ from .ops.triton import (
     Shape,
     column_of,
     empty_planes,
+    finish,
     magnitude,
     multiply,
     padded,
@@ -129,11 +130,13 @@ def _embed(
     group,
     group_bytes,
     groups: tl.constexpr,
+    TYPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Embed the token of a column, if it is one, where its sequence lies; ``places`` remembers the column.
 
-    ``padding``: positions count ids other than this one, from ``padding + 1`` on; None: they are columns.
+    ``padding``: positions count ids other than this one, from ``padding + 1`` on; None: they are columns. ``TYPES``: there
+    is a table of types. (Triton before 3.7 cannot compare a tuple that holds None with None.)
     """
     place = tl.program_id(0)
     row, at = place // columns, place % columns
@@ -154,7 +157,7 @@ def _embed(
     byte, field = tl.arange(0, BLOCK)[:, None], tl.arange(0, 4)[None, :]
     column, inside = column_of(byte, field, group, group_bytes, groups)
     value = _look_up(tokens, token_id, column, inside, width)
-    if types is not None:
+    if TYPES:
         type_id = tl.zeros([], tl.int64)
         if type_ids is not None:
             type_id = tl.load(type_ids + place)
@@ -261,6 +264,7 @@ class TritonEncoder:
 
     Raises:
         UnsupportedError: the model is of a kind that these kernels do not know, or not ternary throughout.
+        RuntimeError: a CUDA graph is being captured.
     """
 
     def __init__(self, architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -295,6 +299,7 @@ class TritonEncoder:
                     output_norm=norm(f"{name}.{architecture.norms[1]}"),
                 )
             )
+        finish(self._norm.weight.device)
 
     def hidden_states(self, ids: torch.Tensor, types: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
         """Of int64 ids, types and a mask of whole numbers ``[rows, columns]``: ``[rows, columns, hidden]``, 0 at padding.
@@ -352,6 +357,7 @@ class TritonEncoder:
             self.hidden,
             self._epsilon,
             *shapes[0],
+            TYPES=self._types is not None,
             **_row_options(shapes[0]),
             debug=True,  # asserts; overflows of int32 are not looked for
             sanitize_overflow=False,

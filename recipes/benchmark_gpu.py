@@ -35,6 +35,7 @@ from hf_ternary.convert import ternarize_model
 from hf_ternary.evaluation.results import PACKAGES, provenance, write_json
 from hf_ternary.ops import linear, reference
 from hf_ternary.ops.backends import capabilities
+from hf_ternary.ternarize import dequantize
 
 Call = Callable[[], Any]
 
@@ -160,7 +161,7 @@ def measure(what: dict[str, Any], best: dict[str, float], repeats: int, device: 
     else:
         contenders = encoder_contenders(what["model"], what["batch"], what["tokens"], device)
         layers, rows = _layers(what["model"]), what["batch"] * what["tokens"]
-        extra["weight_bytes"] = {name: weight_bytes(m) for name, m in models(what["model"], device).items()}
+        extra["weight_bytes"] = {name: weight_bytes(m, device) for name, m in models(what["model"], device).items()}
     ready: dict[str, Call] = {}
     errors, memory = {}, {}
     for name, make in contenders.items():
@@ -269,7 +270,7 @@ def limits(device: str) -> dict[str, float]:
     for call in calls.values():
         timed(call, 3, device)
     amount = {"int8": 2 * size**3, "bfloat16": 2 * size**3, "bandwidth": 2 * bytes_copied}
-    return {name: round(amount[name] / timed(call, 10, device) / 1e12, 3) for name, call in calls.items()}
+    return {name: float(f"{amount[name] / timed(call, 10, device) / 1e12:.4g}") for name, call in calls.items()}
 
 
 def layer_contenders(in_features: int, out_features: int, rows: int, device: str) -> dict[str, Callable[[], Call]]:
@@ -313,13 +314,14 @@ def encoder_contenders(name: str, batch: int, tokens: int, device: str) -> dict[
     if device == "cpu":
         return makers
 
-    def graph(variant: str) -> Call:
-        return graphed(forward(variant))
+    def graph(variant: str, precision: str = "highest") -> Call:
+        return graphed(forward(variant, precision))
 
     def compiled_graph(variant: str) -> Call:
         return graphed(compiled(here[variant], ids))
 
-    for variant in ("bfloat16", "ternary"):
+    makers["tf32 graph"] = partial(graph, "float32", "high")
+    for variant in ("float32", "bfloat16", "ternary"):
         makers[f"{variant} graph"] = partial(graph, variant)
     for variant in sorted({"bfloat16", "ternary", "int8 torchao"} & here.keys()):
         makers[f"{variant} compiled"] = partial(compiled_graph, variant)
@@ -386,8 +388,21 @@ def models(name: str, device: str) -> dict[str, Any]:
     return found
 
 
-def weight_bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+@torch.inference_mode()
+def weight_bytes(model: nn.Module, device: str) -> int:
+    """Bytes that a model takes once it has run, with the copies that its kernels make of its weights."""
+    if device == "cpu":
+        return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    ids = torch.zeros(1, 16, dtype=torch.int64, device=device)
+    model(input_ids=ids)  # what libraries allocate for themselves is there from now on
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    own = copy.deepcopy(model)
+    own(input_ids=ids)
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated() - before
 
 
 def show(cell: dict[str, Any]) -> None:
@@ -442,13 +457,20 @@ def _check_layer(in_features: int, out_features: int, groups: int, rows: int, de
         x_device, weight_device, scale_device = x.to(dtype).to(device), weight.to(device), scale.to(device)
         arguments = x_device, weight_device, scale_device, None if given is None else given.to(device), activation
         y = linear(*arguments).cpu()
-        expected = reference.linear(x.to(dtype), weight, scale, given, activation)
         if activation is None:
-            close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-3, "equal_nan": True}
-            equal = torch.allclose(y, expected, **close)
+            equal = _is_close(y, x.to(dtype), dequantize(codes, scale), bias)
         else:
+            expected = reference.linear(x.to(dtype), weight, scale, given, activation)
             equal = torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
         assert equal, f"{in_features} x {out_features}, {groups} groups, {rows} rows, {dtype}, activation {activation}"
+
+
+def _is_close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Whether y is ``x @ weight.T + bias``, summed in float32 in any order and rounded to its dtype."""
+    x, weight = x.double(), weight.double()
+    exact, finite = x @ weight.T + bias, x.isfinite().all(1)
+    bound = 2**-19 * (x.abs() @ weight.abs().T + bias.abs()) + torch.finfo(y.dtype).eps * exact.abs()
+    return bool(((y - exact).abs() <= bound)[finite].all() and not y[~finite].isfinite().all(1).any())
 
 
 @torch.inference_mode()

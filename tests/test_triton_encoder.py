@@ -277,17 +277,17 @@ def test_activation_functions(name: str) -> None:
 
 
 COMPILE = """
-from transformers import MPNetConfig, MPNetModel
+from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
 from hf_ternary import TernaryConfig, encoder, triton_encoder
 from hf_ternary.convert import ternarize_model
 
 encoder._make = lambda device, *rest: triton_encoder.TritonEncoder(*rest)
 encoder._DEVICES["cpu"] = encoder._DEVICES["cuda"]
 
-def ptx(tokens, dtype):
+def ptx(tokens, dtype, config=MPNetConfig, model=MPNetModel):
     compiled.clear()
     sizes = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256}
-    model = ternarize_model(MPNetModel(MPNetConfig(num_hidden_layers=1, vocab_size=99, **sizes)), TernaryConfig())
+    model = ternarize_model(model(config(num_hidden_layers=1, vocab_size=99, **sizes)), TernaryConfig())
     encoder.bind(model)
     with torch.inference_mode():
         native = encoder._state(model.eval().to(dtype)).native
@@ -301,7 +301,9 @@ few, many = ptx(3, torch.float32), ptx(40, torch.bfloat16)
 start, product, norm = ["_span", "_embed", "_multiply", "_attend"], ["_to_planes", "_multiply"], ["_add_norm", "_multiply"]
 assert names(few) == [*start, "_multiply", *norm, "_add_norm"]
 assert names(many) == [*start, *product, *norm, *product, "_add_norm"]
-for kernels in few, many:
+with_types = ptx(40, torch.bfloat16, BertConfig, BertModel)
+assert names(with_types) == names(many)
+for kernels in few, many, with_types:
     text = dict(kernels)
     assert "__assertfail" in text["_embed"] and "fma.rn" not in text["_embed"] + text["_add_norm"]
     assert "st.global.b32" in text["_add_norm"]  # a plane's bytes, four at once

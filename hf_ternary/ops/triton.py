@@ -12,6 +12,7 @@ Sums of int8 products are exact, and every float operation is rounded by itself 
 multiply-add), so "int8" gives the bits of :mod:`.reference`. Float activations are summed in float32, in another order.
 """
 
+import threading
 from bisect import bisect_left
 from functools import cache
 from typing import Any
@@ -220,7 +221,8 @@ CONFIGS = {
     64: [(16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 64, 4, 3), (32, 32, 128, 4, 3)],
     256: [(64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (32, 64, 128, 4, 3), (128, 64, 32, 4, 4)],
     2048: [(64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 32, 4, 4), (128, 128, 64, 8, 3)],
-    2**31: [(128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (256, 128, 32, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3)],
+    8192: [(128, 128, 32, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3)],
+    2**31: [(128, 128, 32, 4, 3), (128, 128, 64, 4, 3), (256, 128, 32, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3)],
 }
 # Whether the first call of a size class times what :data:`CONFIGS` lists (seconds, once a machine) or takes its first.
 TUNE = True
@@ -234,6 +236,7 @@ OPERANDS = {
     torch.float32: tl.float32,
 }
 _best: dict[tuple[Any, ...], dict[str, Any]] = {}
+_tuning = threading.Lock()  # Triton's tuner keeps the arguments of its call in itself
 
 Shape = tuple[int, int, int]  # of a weight's rows: columns of a group, its bytes with what pads it, groups
 
@@ -247,7 +250,11 @@ def linear(
 ) -> torch.Tensor:
     """The op; arguments and errors as in :func:`hf_ternary.ops.library.linear`. All tensors are on one GPU.
 
-    Nothing here waits for the GPU but the first call with a new size class of tokens, which chooses among :data:`CONFIGS`.
+    Nothing here waits for the GPU but a first call: with a new size class of tokens, to choose among :data:`CONFIGS`, or
+    with a weight that is to be :func:`padded`.
+
+    Raises:
+        RuntimeError: such a weight is first used while a CUDA graph is captured.
     """
     *batch, in_features = x.shape if x.dim() else (0,)
     out_features, other = weight.shape[0], _padded_weights(weight, weight_scale, in_features)
@@ -264,7 +271,9 @@ def linear(
     dtype = torch.int8 if activation else x.dtype if x.dtype in OPERANDS else torch.float32
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
-        source, scales = to_operand(x.reshape(-1, in_features), shape, dtype)
+        rows = x.reshape(-1, in_features)
+        rows = rows.float() if x.dtype == torch.float64 else rows  # tiles of float64 would not fit
+        source, scales = to_operand(rows, shape, dtype)
         multiply(y.view(-1, out_features), source, scales, weight, weight_scale.contiguous(), bias, shape, dtype)
     return y
 
@@ -313,20 +322,24 @@ def multiply(
     options = {"OPERAND": OPERANDS[dtype], "PLANES": planes, "FUNCTION": function, "COMPILED": _COMPILED}
     options["enable_fp_fusion"] = False
     size = _CLASSES[bisect_left(_CLASSES, tokens)]
-    key = size, out_features, shape, dtype, y.dtype, planes, function, y.get_device()
+    device = y.get_device()
+    key = size, out_features, shape, dtype, y.dtype, planes, function, device
     config = _best.get(key)
     if config is None:
-        tuner = _tuner(size, dtype.itemsize)
+        tuner = _tuner(size, dtype.itemsize, device)
         config = tuner.configs[0].all_kwargs()
         if TUNE and _COMPILED and not torch.cuda.is_current_stream_capturing():  # a capture cannot be timed
-            tuner[_grid(tokens, out_features)](*arguments, **options)
-            config = _best[key] = tuner.best_config.all_kwargs()
+            with _tuning:
+                if key not in _best:  # another thread may have chosen meanwhile
+                    tuner[_grid(tokens, out_features)](*arguments, **options)
+                    _best[key] = tuner.best_config.all_kwargs()
+            config = _best[key]
     _multiply[_grid(tokens, out_features)(config)](*arguments, **options, **config)
 
 
 @cache
-def _tuner(size: int, itemsize: int) -> Any:
-    """Times :data:`CONFIGS` of a size class; wider operands get shorter blocks, which take as much memory."""
+def _tuner(size: int, itemsize: int, device: int) -> Any:
+    """Times :data:`CONFIGS` of a size class on a device; wider operands get shorter blocks, which take as much memory."""
     configs = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": max(16, k // itemsize)}, num_warps=warps, num_stages=stages)
         for m, n, k, warps, stages in CONFIGS[size]
@@ -351,4 +364,24 @@ def padded(weight: torch.Tensor, weight_scale: torch.Tensor, in_features: int) -
     return pack(torch.nn.functional.pad(codes, (0, 4 * group_bytes - group))).flatten(1)
 
 
-_padded_weights = LayoutCache(padded)
+def _make_padded(weight: torch.Tensor, weight_scale: torch.Tensor, in_features: int) -> torch.Tensor | None:
+    other = padded(weight, weight_scale, in_features)
+    if other is not None:
+        finish(weight.device)
+    return other
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what was made of a weight at its first use: later calls may come on other streams.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would make it only when it is replayed.
+    """
+    if device.type != "cuda":
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a ternary layer is first used while a CUDA graph is captured. Fix: call the model once before")
+    torch.cuda.current_stream(device).synchronize()
+
+
+_padded_weights = LayoutCache(_make_padded)

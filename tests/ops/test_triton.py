@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,7 +130,11 @@ def test_tiles(every_tile: tuple[bool, tuple[int, ...]], monkeypatch: pytest.Mon
     set_tiles(monkeypatch, {kernels.FUSED: [tile], 2**31: [tile]})
     weight, scale, bias = make_layer(35, 388)
     x = torch.randn(9 if fused else 17, 388)
-    assert same(call(x, weight, scale, bias), reference.linear(x, weight, scale, bias))
+    try:
+        y = call(x, weight, scale, bias)
+    except kernels.triton.runtime.errors.OutOfResources as error:
+        pytest.skip(f"this GPU has no room for the tile: {error}")  # which tuning leaves out
+    assert same(y, reference.linear(x, weight, scale, bias))
 
 
 @pytest.mark.parametrize("shape", [(0, 30), (30, 0)])
@@ -349,7 +354,10 @@ def ptx(rows, columns, groups=1, dtype=torch.bfloat16, activation="int8", bias=T
         assert "fma.rn" not in text and ".ftz" not in text and "div.full" not in text, name
     return {name: text for name, text in compiled}
 
-fused, large = ptx(7, 384), ptx(3000, 1024, bias=False)
+for rows in 300, 3000, 9000:
+    ptx(rows, 1024, dtype=torch.float32, activation=None)
+ptx(7, 384, dtype=torch.float64)
+fused, large = ptx(7, 384), ptx(9000, 1024, bias=False)
 halves, odd = ptx(40, 384, dtype=torch.float16, activation=None), ptx(40, 385, groups=5, transposed=True)
 assert list(fused) == ["_multiply"] and list(large) == list(odd) == list(halves) == ["_to_planes", "_multiply"]
 assert "div.rn.f32" in large["_to_planes"] and "st.global.v4" in large["_to_planes"]
@@ -372,6 +380,39 @@ def compile_for(architecture: str, code: str) -> None:
 def test_the_compiler_makes_what_is_meant(architecture: str) -> None:
     """All but the launch: int8 tensor cores, wide stores, exact divisions, and no fused multiply-add."""
     compile_for(architecture, COMPILE)
+
+
+THREADS = """
+import threading, time
+kernels.CONFIGS[16] = [(16, 16, 64, 1, 2), (16, 16, 128, 2, 2)]
+Driver.get_benchmarker = lambda self: lambda call, quantiles: (call(), time.sleep(0.1), [1.0] * 3)[2]
+failed = []
+
+def first_call(outputs):
+    try:
+        kernels.linear(torch.zeros(3, 64), torch.zeros(outputs, 16, dtype=torch.uint8), torch.ones(outputs, 1))
+    except Exception as error:
+        failed.append(error)
+
+threads = [threading.Thread(target=first_call, args=(outputs,)) for outputs in (32, 64, 96, 128)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failed, failed
+assert len(kernels._best) == 4
+"""
+
+
+def test_first_calls_of_several_threads_are_tuned_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing is known from an earlier run
+    compile_for("90", THREADS)
+
+
+def test_a_padded_weight_cannot_be_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="captured. Fix: call the model once before"):
+        kernels.finish(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

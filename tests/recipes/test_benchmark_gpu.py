@@ -80,6 +80,17 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
         benchmark_gpu.check_kernels([(64, 32)], "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_in_another_order_are_close_and_wrong_ones_are_not(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(64, 4096) * torch.randn(64, 1).exp(), torch.randn(256, 4096), torch.randn(256)
+    x[0, 5], x[1, 0] = torch.nan, -torch.inf
+    y = ((x.to(dtype).float() @ weight.T) + bias).to(dtype)
+    assert benchmark_gpu._is_close(y, x.to(dtype), weight, bias)
+    assert not benchmark_gpu._is_close(y * 1.02, x.to(dtype), weight, bias)
+    y[0] = 0
+    assert not benchmark_gpu._is_close(y, x.to(dtype), weight, bias)
+
+
 def test_check_of_the_encoder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if backends.choose().backend == "reference":
         pytest.skip("the C++ kernels are not built")
