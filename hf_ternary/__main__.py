@@ -5,6 +5,9 @@ import sys
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0, or 2 after a one-line error. ``--debug`` anywhere shows the traceback instead."""
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")  # as files are, wherever this runs
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--debug" in arguments:
         arguments.remove("--debug")

@@ -370,6 +370,7 @@ def _read_stdin() -> str:
 
 def _read_texts(path: Path) -> list[str]:
     content = _read_stdin() if str(path) == "-" else path.read_text(encoding="utf-8")
+    content = content.removeprefix("\ufeff")  # a byte order mark
     lines = content.removesuffix("\n").split("\n") if content else []  # splitlines() also splits at U+2028 and others
     if not lines:
         raise ValueError("there is no text. Fix: give texts as arguments, in the file of --input or on standard input")

@@ -209,6 +209,7 @@ def _convert(
 def _check_convertible(name: str, module: nn.Module, config: TernaryConfig) -> None:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
+    check_present(name, weight)
     if not weight.isfinite().all():
         raise ValueError(f"{name}.weight holds a NaN or an infinity and cannot be quantized; fix: use an intact checkpoint")
     is_table = isinstance(module, nn.Embedding)
@@ -218,6 +219,15 @@ def _check_convertible(name: str, module: nn.Module, config: TernaryConfig) -> N
         raise ValueError(
             f"{option}={size} does not divide {name}'s width {width}; use a divisor of {width}, None for one scale a row, "
             f"or add {name!r} to modules_to_not_convert"
+        )
+
+
+def check_present(name: str, weight: torch.Tensor) -> None:
+    """Raises ValueError if the weight of the module ``name`` was left on disk or on the meta device."""
+    if weight.is_meta:
+        raise ValueError(
+            f"{name}.weight is not in memory: device_map has offloaded it. Fix: load the model on one device, save it, and "
+            "load the packed one"
         )
 
 

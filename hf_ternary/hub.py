@@ -31,10 +31,10 @@ from .modules import FakeQuantizedEmbedding, FakeTernaryLinear, QuantizedEmbeddi
 logger = logging.getLogger(__name__)
 
 # What a model folder may hold; anything else in it is the user's and is never deleted.
-_MODEL_ENTRY = re.compile(r".+\.(json|safetensors|bin|txt|md|model|jinja|py)|\.gitattributes|\d+_\w+|assets")
+_MODEL_ENTRY = re.compile(r".+\.(json|safetensors|bin|txt|md|model|jinja|py)|\.gitattributes|(\w+_)?\d+_\w+|assets")
 
 # Weights of an earlier push that the new ones replace.
-_STALE_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
+_STALE_WEIGHTS = [f"{folder}{name}*" for folder in ("", "*/") for name in ("model*.safetensors", "pytorch_model*.bin")]
 
 # Modules that sentence_transformers.models held; files that say so are read by every version.
 _LASTING_NAMES = ("Transformer", "Pooling", "Normalize", "Dense")
@@ -116,7 +116,7 @@ def push_to_hub(
             read_info(source)
             shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".git", ".cache"))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/"):  # a pull request's
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         model_card.set_repo_id(folder / "README.md", repo_id)
         commit = api.upload_folder(
@@ -141,6 +141,11 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} holds layers in training, not packed ones. Fix: call "
             "hf_ternary.convert.pack_model(model) first"
+        )
+    if any(getattr(module, "_hf_peft_config_loaded", False) or hasattr(module, "peft_config") for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} holds an adapter and would be saved without its own weights. Fix: save the adapter by "
+            "the model's own save_pretrained, or call dequantize() and merge it"
         )
     if TernaryLinear not in kinds:
         raise ValueError(

@@ -18,7 +18,7 @@ class Layer:
     """One packed layer on disk.
 
     Attributes:
-        name: as in the file.
+        name: as in the file, after the folder of its module if it has one.
         kind: ``"linear"`` or ``"embedding"``.
         bits: bits a weight.
         shape: of the float weight. A width that does not fill its last byte counts as if it did: files do not state it.
@@ -71,7 +71,9 @@ def read_info(folder: str | Path) -> ModelInfo:
     config = read_config(folder)
     files = sorted(folder.rglob("*.safetensors"))
     with ExitStack() as stack:
-        home = {name: file for file in (_open(path, stack) for path in files) for name in list(file.keys())}
+        # Modules of sentence-transformers lie in folders of their own, and may call their tensors alike.
+        opened = [(path.parent.relative_to(folder), _open(path, stack)) for path in files]
+        home = {(where / name).as_posix(): (file, name) for where, file in opened for name in list(file.keys())}
         packed = sorted(name.removesuffix("_scale") for name in home if name.endswith(".weight_scale"))
         if not packed:
             raise ValueError(f"{folder} holds no packed weights. Fix: make them with `hf-ternary quantize {folder} DST`")
@@ -79,11 +81,11 @@ def read_info(folder: str | Path) -> ModelInfo:
         if missing:
             raise ValueError(f"{missing[0]} is missing in {folder}. Fix: download it again or save the model again")
         # The two tensors of a layer may lie in different shards.
-        pairs = {name: (home[name].get_tensor(name), home[f"{name}_scale"].get_tensor(f"{name}_scale")) for name in packed}
+        pairs = {name: (_tensor(home[name]), _tensor(home[f"{name}_scale"])) for name in packed}
         bits = _table_bits([weight for weight, _ in pairs.values()], config, _widths(folder))
         layers = tuple(_layer(name, weight, scale, bits) for name, (weight, scale) in pairs.items())
         rest = sorted(home.keys() - pairs.keys() - {f"{name}_scale" for name in pairs})
-        float_tensors = {name: math.prod(home[name].get_slice(name).get_shape()) for name in rest}
+        float_tensors = {path: math.prod(file.get_slice(name).get_shape()) for path in rest for file, name in [home[path]]}
     return ModelInfo(config, layers, float_tensors, sum(file.stat().st_size for file in files))
 
 
@@ -128,14 +130,19 @@ def _open(path: Path, stack: ExitStack) -> Any:
         raise ValueError(f"{path} is damaged ({error}). Fix: download it again or save the model again") from error
 
 
+def _tensor(home: tuple[Any, str]) -> Any:
+    file, name = home
+    return file.get_tensor(name)
+
+
 def _is_table(weight: Any) -> bool:
     return packing.has_invalid_ternary(weight)  # a ternary weight never holds a field of 0; a table uses all its levels
 
 
 def _widths(folder: Path) -> set[int]:
     """How wide a row of a token table may be, by config.json."""
-    config = read_json(folder / "config.json")
-    levels = [config, *(level for level in config.values() if isinstance(level, dict))]
+    configs = [read_json(file) for file in (folder / "config.json", *sorted(folder.glob("*/config.json")))]
+    levels = [level for config in configs for level in (config, *config.values()) if isinstance(level, dict)]
     return {level[key] for level in levels for key in ("embedding_size", "hidden_size", "d_model", "dim") if key in level}
 
 

@@ -49,13 +49,17 @@ class _Packed(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Seen as integers the scale is moved but never cast. What is not moved stays the same tensor, so that an encoder
-        # that was made of it holds: sentence-transformers before 6 calls to() in every encode().
+        # that was made of it holds: sentence-transformers before 6.2 calls to() in every encode(), of every thread.
         scale = self.weight_scale
-        integers = self.weight_scale = scale.view(torch.int32)
-        try:
-            return super()._apply(fn, recurse)
-        finally:
-            self.weight_scale = scale if self.weight_scale is integers else self.weight_scale.view(torch.float32)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor is not scale:
+                return fn(tensor)
+            integers = scale.view(torch.int32)
+            moved = fn(integers)
+            return scale if moved is integers else moved.view(torch.float32)
+
+        return super()._apply(move, recurse)
 
 
 class TernaryLinear(_Packed, nn.Linear):

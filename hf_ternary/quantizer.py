@@ -84,9 +84,11 @@ class TernaryHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         wanted: Any = dtype or model.dtype
+        wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted  # save_pretrained leaves a name in the config
         ties = convert.aliases(model)
-        # save_pretrained leaves the dtype's name in the config
-        convert.dequantize_model(model, getattr(torch, wanted) if isinstance(wanted, str) else wanted)
+        if model.dtype != wanted:
+            model.to(wanted)
+        convert.dequantize_model(model, wanted)
         model.all_tied_weights_keys.update(ties)
         model.tie_weights(recompute_mapping=False)
         return model
@@ -191,6 +193,7 @@ def _read_header(files: Sequence[str]) -> dict[str, Entry]:
 
 
 def _check_loaded(name: str, module: TernaryLinear | QuantizedEmbedding) -> None:
+    convert.check_present(name, module.weight)
     scale = module.weight_scale
     if not bool(((scale >= 0) & scale.isfinite()).all()):
         raise ValueError(f"{name}.weight_scale holds a NaN, an infinity or a negative value. {_RESAVE}")

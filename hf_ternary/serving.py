@@ -92,9 +92,8 @@ class Encoder:
             ValueError: a text is no string, an unknown ``prompt_name``, or an embedding is not finite (damaged model).
         """
         many = [texts] if isinstance(texts, str) else list(texts)
-        wrong = next((text for text in many if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise ValueError(f"texts holds {wrong!r} of type {type(wrong).__name__}: use strings")
+        if wrong := [text for text in many if not isinstance(text, str)]:
+            raise ValueError(f"texts holds {wrong[0]!r} of type {type(wrong[0]).__name__}: use strings")
         prefix = self._prompt(prompt, prompt_name)
         if prefix:
             many = [prefix + text for text in many]
@@ -260,6 +259,10 @@ def _read(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
     return arrays
 
 
+# Settings of sentence-transformers that change what becomes of a text.
+_OTHER_TOKENS = ("processing_kwargs", "query_length", "document_length", "query_expansion")
+
+
 def _tokenizer(folder: Path, config: dict[str, Any], longest: int) -> tuple[Tokenizer, int]:
     """The tokenizer, which cuts texts, and the most tokens that it lets pass: at most ``longest``."""
     path = folder / "tokenizer.json"
@@ -270,14 +273,19 @@ def _tokenizer(folder: Path, config: dict[str, Any], longest: int) -> tuple[Toke
     except Exception as error:  # tokenizers raises nothing more specific
         raise ValueError(f"{path} is damaged ({error}). {_RESAVE}") from error
     settings = read_json(next(iter(sorted(folder.glob("sentence_*_config.json"))), folder / "sentence_bert_config.json"))
+    if unknown := [key for key in _OTHER_TOKENS if settings.get(key)]:
+        raise UnsupportedError(
+            f"{folder} sets {unknown[0]}, which hf_ternary.load does not know. Fix: use SentenceTransformer"
+        )
     length = settings.get("max_seq_length")
+    told = read_json(folder / "tokenizer_config.json")
     if length is None:
-        limits = [read_json(folder / "tokenizer_config.json").get("model_max_length"), config.get("max_position_embeddings")]
+        limits = [told.get("model_max_length"), config.get("max_position_embeddings")]
         length = min(limit for limit in limits if limit is not None)
     if settings.get("do_lower_case"):
         rest = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = Normalizers([Lowercase(), *rest])
     tokenizer.no_padding()
     length = min(int(length), longest)
-    tokenizer.enable_truncation(length)
+    tokenizer.enable_truncation(length, direction=told.get("truncation_side", "right"))
     return tokenizer, length

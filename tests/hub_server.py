@@ -155,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create_branch(self, name: str, branch: str) -> None:
         repository = self._repository(name, write=True)
+        if branch.startswith("refs/"):
+            raise HubError(400, "BadRequest")
         if branch in repository.branches:
             raise HubError(409, "BranchAlreadyExists")
         repository.branches[branch] = repository.branches["main"]

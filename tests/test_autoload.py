@@ -63,10 +63,11 @@ def test_without_the_plugin_loading_raises(packed, tmp_path, prelude, environmen
     assert not (tmp_path / "embeddings.pt").exists()
 
 
-def test_installing_twice_adds_one_finder_at_most():
+def test_installing_twice_adds_one_finder(monkeypatch):
     from hf_ternary import autoload
 
-    before = len(sys.meta_path)
+    monkeypatch.delitem(sys.modules, autoload._TARGET, raising=False)  # as before transformers is imported
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, autoload._Finder)])
     autoload.install()
     autoload.install()
-    assert len(sys.meta_path) <= before + 1
+    assert sum(isinstance(f, autoload._Finder) for f in sys.meta_path) == 1

@@ -239,9 +239,22 @@ def test_options_of_pre_norm_encoders(model_type: str, options: dict[str, Any], 
 SHARP = {"hidden_size": 128, "intermediate_size": 128, "initializer_range": 0.1}
 
 
+def force(kernel: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Encoders run on this kernel from now on; returns the set of those that they were really made for."""
+    used, make_encoder = set(), backends.native().Encoder
+
+    def watched(**options: Any) -> Any:
+        used.add(options["backend"])
+        return make_encoder(**options)
+
+    monkeypatch.setattr(backends, "choose", lambda: backends.Choice(kernel, True, ""))
+    monkeypatch.setattr(backends.native(), "Encoder", watched)
+    return used
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rotation_and_windows(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backends, "choose", lambda: backends.Choice(kernel, True, ""))
+    used = force(kernel, monkeypatch)
     inputs = batch([5, 40, 130])
     ropes = {"full_attention": {"rope_type": "default", "rope_theta": 10.0}}
     ropes["sliding_attention"] = ropes["full_attention"]
@@ -253,6 +266,7 @@ def test_rotation_and_windows(kernel: str, tmp_path: Path, monkeypatch: pytest.M
         found.append(embed(native(model, inputs), inputs["attention_mask"]))
     for other in found[1:]:
         assert (other - found[0]).abs().max() > 4e-3  # twice the tolerance
+    assert used == {kernel}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -260,7 +274,7 @@ def test_rotation_and_windows(kernel: str, tmp_path: Path, monkeypatch: pytest.M
 def test_a_query_of_zeros_sees_what_it_may_and_no_more(
     model_type: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(backends, "choose", lambda: backends.Choice(kernel, True, ""))
+    used = force(kernel, monkeypatch)
     window = {"local_attention": 12} if model_type == "modernbert" else {}
     model = make(tmp_path, model_type, initializer_range=0.1, **window)
     for name, module in model.named_modules():
@@ -272,6 +286,7 @@ def test_a_query_of_zeros_sees_what_it_may_and_no_more(
     inputs = batch([3, 20, 45])
     ours, theirs = (embed(states(model, inputs), inputs["attention_mask"]) for states in (native, module_wise))
     torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)  # what is hidden would move them by 0.05 and more
+    assert used == {kernel}
 
 
 def test_a_long_text(tmp_path: Path):
@@ -301,14 +316,15 @@ def test_causal_tokens_see_nothing_later(tmp_path: Path):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("model_type", [*TEXT, *VISION])
 def test_every_kernel(model_type: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backends, "choose", lambda: backends.Choice(kernel, True, ""))
+    used = force(kernel, monkeypatch)
     model = make(tmp_path, model_type)
     if model_type in VISION:
         assert_same_embeddings(model, images(2))
         assert torch.equal(native(model, images(1)), native(model, images(3))[:1])
-        return
-    assert_same_embeddings(model, batch([3, 20, 45]))
-    assert torch.equal(native(model, batch([20]))[0], native(model, batch([3, 20, 45]))[1, :20])
+    else:
+        assert_same_embeddings(model, batch([3, 20, 45]))
+        assert torch.equal(native(model, batch([20]))[0], native(model, batch([3, 20, 45]))[1, :20])
+    assert used == {kernel}
 
 
 @pytest.mark.parametrize(

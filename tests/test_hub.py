@@ -26,9 +26,10 @@ from hf_ternary import TernaryConfig
 from hf_ternary.__main__ import main
 from hf_ternary.convert import fake_ternarize_model
 from hf_ternary.hub import push_to_hub, save_pretrained
+from hf_ternary.info import read_info
 
 from .conftest import SENTENCES, tiny_tokenizer
-from .hub_server import TOKEN, HubServer
+from .hub_server import TOKEN, File, HubServer
 from .test_architectures import build
 
 KINDS = ["SentenceTransformer", "CrossEncoder", "SparseEncoder", "BertModel"]
@@ -199,13 +200,49 @@ def test_a_model_that_does_not_save_its_weights_is_refused(tiny_bert: Path, save
     before = contents(saved)
     model = load("BertModel", tiny_bert, PACKED)
     model.add_adapter(LoraConfig(target_modules=["query"]))  # from now on only the adapter is saved
-    with pytest.raises(ValueError, match="Fix"):
+    with pytest.raises(ValueError, match="BertModel holds an adapter.*Fix: save the adapter by"):
         save_pretrained(model, saved)
     assert contents(saved) == before
     assert os.listdir(saved.parent) == ["model"]
 
 
+def test_modules_that_call_their_tensors_alike(tiny_sentence_transformer: Path, tmp_path: Path) -> None:
+    """Two towers, and dense layers after one of them."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Dense, Router
+
+    towers = [load("SentenceTransformer", path, PACKED) for path in (tiny_sentence_transformer, tiny_sentence_transformer)]
+    dense = [Dense(32, 32), Dense(32, 32)]
+    router = Router.for_query_document([*towers[0], *dense], [*towers[1]])
+    model = SentenceTransformer(modules=[router], device="cpu")
+    for _ in range(2):  # once new, once in its own place
+        save_pretrained(model, tmp_path / "router")
+    info = read_info(tmp_path / "router")
+    assert len(info.layers) == 2 * len(read_info(save_pretrained(towers[0], tmp_path / "one")).layers)
+    assert sum(name.endswith("linear.weight") for name in info.float_tensors) == 2
+    again = SentenceTransformer(str(tmp_path / "router"), device="cpu")
+    np.testing.assert_array_equal(again.encode_query(SENTENCES), model.encode_query(SENTENCES))
+
+
 # Interruptions
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_failure_between_the_renames(
+    error: type[BaseException], bert: nn.Module, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, rename = contents(saved), Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".new-" in self.name:
+            raise error("between")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(error, match="between"):
+        save_pretrained(bert, saved)
+    assert contents(saved) == before
+    assert os.listdir(saved.parent) == ["model"]
 
 
 class FailingTokenizer:
@@ -386,6 +423,8 @@ def test_revision_and_pull_request(bert: nn.Module, saved: Path, online: Callabl
     readmes = {name: hub.files(repo, name)["README.md"].content for name in ("main", "v2", "refs/pr/1")}
     assert (readmes["v2"], readmes["refs/pr/1"]) == (b"version 1", b"version 2")
     assert readmes["main"].startswith(b"---")
+    online(partial(push_to_hub, saved, repo, revision="refs/pr/1"))
+    assert hub.files(repo, "refs/pr/1")["README.md"].content == b"version 3"
     for loaded in online(_load_revisions, repo, ["main", "v2", "refs/pr/1"]):
         np.testing.assert_array_equal(loaded, outputs(bert))
 
@@ -444,9 +483,12 @@ def test_the_card_of_a_ternary_model_from_the_hub_names_its_float_model(
 def test_stale_shards_go(tiny_bert: Path, saved: Path, online: Callable[..., Any], hub: HubServer) -> None:
     online(_push_float, tiny_bert, "tester/stale", "50KB")
     assert "model.safetensors.index.json" in hub.files("tester/stale")
+    others = {name: File(b"mine", False) for name in ("openvino/openvino_model.bin", "adapter_model.safetensors")}
+    old = {name: File(b"old", False) for name in ("pytorch_model.bin", "2_Dense/model.safetensors")}
+    hub.files("tester/stale").update({**others, **old})
     online(push_to_hub, saved, "tester/stale")
-    weights = [name for name in hub.files("tester/stale") if "safetensors" in name]
-    assert weights == ["model.safetensors"]
+    weights = [name for name in hub.files("tester/stale") if name.endswith((".safetensors", ".bin", ".index.json"))]
+    assert sorted(weights) == ["adapter_model.safetensors", "model.safetensors", "openvino/openvino_model.bin"]
 
 
 def test_a_folder_without_a_ternary_model_is_not_pushed(tiny_bert: Path, tmp_path: Path) -> None:

@@ -92,12 +92,19 @@ def test_settings_of_sentence_transformers_count(tiny: Path):
 
     edit(tiny / "1_Pooling" / "config.json", pooling_mode="cls")
     edit(tiny / "sentence_bert_config.json", max_seq_length=12, do_lower_case=True)
-    edit(tiny / "config_sentence_transformers.json", prompts={"query": "find the "}, default_prompt_name="query")
+    edit(
+        tiny / "config_sentence_transformers.json",
+        prompts={"query": "find the ", "document": "the red "},
+        default_prompt_name="query",
+    )
     ours, theirs = hf_ternary.load(tiny), SentenceTransformer(str(tiny), device="cpu")
     np.testing.assert_allclose(ours.encode(TEXTS), theirs.encode(TEXTS), atol=1e-6)
     np.testing.assert_allclose(ours.encode("a DOG", prompt=""), theirs.encode("a DOG", prompt=""), atol=1e-6)
-    with pytest.raises(ValueError, match="prompt_name='document' is unknown"):
-        ours.encode("a dog", prompt_name="document")
+    for prompt in ({"prompt_name": "document"}, {"prompt": "run to "}):
+        np.testing.assert_allclose(ours.encode("a dog", **prompt), theirs.encode("a dog", **prompt), atol=1e-6)
+    with pytest.raises(ValueError, match="prompt_name='passage' is unknown"):
+        ours.encode("a dog", prompt_name="passage")
+    assert hf_ternary.load(tiny, threads=3).threads == 3
 
 
 @pytest.mark.parametrize("normalize", [None, True, False])
@@ -114,6 +121,24 @@ def test_truncated_embeddings(normalize: bool | None, tiny: Path, tmp_path: Path
     assert ours.dimension == y.shape[1] == 8
     if normalize is not False:  # which sentence-transformers has no option for: its module normalizes
         np.testing.assert_allclose(y, theirs.encode(SENTENCES, normalize_embeddings=bool(normalize)), atol=1e-6)
+
+
+def test_settings_that_are_not_known_are_errors(tiny: Path):
+    edit(tiny / "sentence_bert_config.json", processing_kwargs={"text": {"max_length": 8}})
+    with pytest.raises(UnsupportedError, match="sets processing_kwargs.*Fix: use SentenceTransformer"):
+        hf_ternary.load(tiny)
+
+
+def test_the_side_on_which_texts_are_cut(tiny: Path):
+    from sentence_transformers import SentenceTransformer
+
+    right = hf_ternary.load(tiny).encode("the cat " * 300)
+    edit(tiny / "tokenizer_config.json", truncation_side="left")
+    left = hf_ternary.load(tiny).encode("a dog " + "the cat " * 300)
+    np.testing.assert_allclose(
+        left, SentenceTransformer(str(tiny), device="cpu").encode("a dog " + "the cat " * 300), atol=1e-6
+    )
+    np.testing.assert_array_equal(left, right)
 
 
 def test_a_normalize_module_of_something_else_is_an_error(tiny: Path, tmp_path: Path):
@@ -252,8 +277,9 @@ def test_ctrl_c_stops_a_long_encode(folder: Path):
 
 @pytest.mark.parametrize("texts", [None, 3, ["a", None]])
 def test_texts_that_are_no_strings(tiny: Path, texts: Any):
-    with pytest.raises((ValueError, TypeError)):
-        hf_ternary.load(tiny).encode(texts)
+    model = hf_ternary.load(tiny)
+    with pytest.raises(ValueError, match="use strings") if texts == ["a", None] else pytest.raises(TypeError):
+        model.encode(texts)
 
 
 def test_a_float_model_is_an_error_that_names_the_fix(tiny_sentence_transformer: Path):

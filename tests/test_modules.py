@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -57,6 +58,29 @@ def test_casting_the_model_keeps_scales_and_codes(kind, cast):
     assert layer(x.to(cast) if kind == "linear" else x).dtype == cast
     layer.float()
     assert torch.equal(layer.weight_scale, scale)
+
+
+def test_moves_by_several_threads_leave_the_scale_alone():
+    """As in sentence-transformers before 6.2, whose encode() calls to()."""
+    layer, _ = make("linear")
+    scale, under_way, go_on = layer.weight_scale, threading.Event(), threading.Event()
+
+    def first(tensor):
+        if tensor.data_ptr() == scale.data_ptr():
+            thread.start()
+            assert under_way.wait(10)
+        return tensor
+
+    def second(tensor):
+        under_way.set()
+        assert go_on.wait(10)
+        return tensor
+
+    thread = threading.Thread(target=lambda: layer._apply(second))
+    layer._apply(first)
+    go_on.set()
+    thread.join()
+    assert layer.weight_scale is scale
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding"])

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from hf_ternary.distill import DistillArguments, distill
 from hf_ternary.distill.student import Encoder
-from hf_ternary.distill.trainer import last_checkpoint
+from hf_ternary.distill.trainer import DistillTrainer, last_checkpoint
 from hf_ternary.packing import unpack
 from tests.conftest import SENTENCES, tiny_tokenizer
 from tests.hub_server import TOKEN, HubServer
@@ -343,9 +343,17 @@ def test_what_cannot_be_trained_further(options: Options, teacher: Path, tmp_pat
         distill(DistillArguments(**options(student=str(tmp_path / "first" / "model"))))
 
 
-def test_a_nan_stops_the_run_and_names_step_and_texts(options: Options):
-    with pytest.raises(FloatingPointError, match=r"not finite at step \d+ \(.*texts of the batch: \[\d+"):
-        distill(DistillArguments(**options(learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0)))
+def test_a_nan_stops_the_run_and_names_step_and_texts(options: Options, monkeypatch: pytest.MonkeyPatch):
+    parts, calls = DistillTrainer._parts, []
+
+    def third_is_nan(self: DistillTrainer, *args: Any) -> dict[str, torch.Tensor]:
+        calls.append(args)
+        found = parts(self, *args)
+        return {name: loss * torch.nan for name, loss in found.items()} if len(calls) == 3 else found
+
+    monkeypatch.setattr(DistillTrainer, "_parts", third_is_nan)
+    with pytest.raises(FloatingPointError, match=r"not finite at step 3 \(.*texts of the batch: \[\d+"):
+        distill(DistillArguments(**options()))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
