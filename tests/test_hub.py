@@ -209,7 +209,7 @@ def test_a_model_that_does_not_save_its_weights_is_refused(tiny_bert: Path, save
 def test_modules_that_call_their_tensors_alike(tiny_sentence_transformer: Path, tmp_path: Path) -> None:
     """Two towers, and dense layers after one of them."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Dense, Router
+    from sentence_transformers.base.modules import Dense, Router
 
     towers = [load("SentenceTransformer", path, PACKED) for path in (tiny_sentence_transformer, tiny_sentence_transformer)]
     dense = [Dense(32, 32), Dense(32, 32)]
