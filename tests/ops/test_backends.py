@@ -13,9 +13,14 @@ USE = """
 import torch
 from hf_ternary import packing
 from hf_ternary.ops import backends, linear
+native, used = backends.native(), []
+if native:
+    pack = native.PackedWeight
+    native.PackedWeight = lambda backend, *rest: used.append(backend) or pack(backend, *rest)
 x, codes = torch.arange(40.).reshape(2, 20), torch.ones(3, 20, dtype=torch.int8)
 y = linear(x, packing.pack(codes), torch.ones(3, 1), None)
 torch.testing.assert_close(y, x @ codes.T.float(), rtol=0.01, atol=0.1)
+assert used == [name for name in [backends.choose().backend] if name != "reference"]  # what really computed
 print(backends.capabilities()["backend"])
 """
 HIDE_KERNELS = "import sys; sys.modules['hf_ternary._native'] = None\n"
