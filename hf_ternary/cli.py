@@ -100,8 +100,8 @@ def quantize(
     """Turn a model's weights into packed ternary ones, without training.
 
     SRC is any SentenceTransformer, CrossEncoder, SparseEncoder or transformers encoder; pooling and heads are kept. With
-    --texts, for a SentenceTransformer, it takes minutes and the result is far better. A tenth of
-    the texts, at most 100, is set aside to say how close it came.
+    --texts, for a SentenceTransformer, it takes minutes and the result is far better. A tenth of the texts, at most 100, is
+    set aside to say how close it came.
     """
     config = TernaryConfig(
         group_size=_value(group_size),

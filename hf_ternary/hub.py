@@ -142,7 +142,7 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__} holds layers in training, not packed ones. Fix: call "
             "hf_ternary.convert.pack_model(model) first"
         )
-    if any(getattr(module, "_hf_peft_config_loaded", False) or hasattr(module, "peft_config") for module in model.modules()):
+    if any(hasattr(module, "peft_config") for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} holds an adapter and would be saved without its own weights. Fix: save the adapter by "
             "the model's own save_pretrained, or call dequantize() and merge it"

@@ -268,8 +268,7 @@ def mpnet_encoder() -> str:
     note = (
         f"The columns as above, {result['rounds']} turns that differ by up to {spread(run)}, {result['starts']} "
         f"starts{st_onnx(result)}. The weights are not distilled: this is about speed, which depends on shapes alone. "
-        "The linear layers alone are "
-        f"{', '.join(shares[:2])} and {shares[2]} of the int8 peak. "
+        f"The linear layers alone are {', '.join(shares[:2])} and {shares[2]} of the int8 peak. "
         f"{run['threads']} threads, {setting(result)}."
     )
     return markdown(ENCODER[:-1], (row[:-1] for row in contenders(run, work)), note)
