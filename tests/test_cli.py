@@ -242,6 +242,14 @@ def test_encode_reads_lines(packed: Path, run: Run, tmp_path: Path, monkeypatch:
     assert from_stdin.out == from_file.out
 
 
+def test_encode_reads_and_writes_utf8_wherever_it_runs(packed: Path) -> None:
+    command = [sys.executable, "-m", "hf_ternary", "encode", str(packed)]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, input="\ufeffa \u732b".encode(), capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode())["text"] == "a \u732b"
+
+
 def test_encode_takes_a_line_as_a_text(packed: Path, run: Run, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("one\u2028and the same\x0cline\r\n\ntwo\n", encoding="utf-8")

@@ -376,6 +376,13 @@ def test_config_that_does_not_fit_the_file(folder, options, message):
         BertModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_offloaded_weights_are_refused(packed, tiny_bert, folder):
+    options = {} if packed else {"quantization_config": TernaryConfig()}
+    with pytest.raises(ValueError, match=r"weight is not in memory: device_map has offloaded it. Fix: load"):
+        BertModel.from_pretrained(folder if packed else tiny_bert, device_map="meta", **options)
+
+
 def test_pickle_checkpoint_is_refused(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
