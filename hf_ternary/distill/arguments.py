@@ -52,7 +52,12 @@ class DistillArguments(TrainingArguments):
     fixed_codes: bool = field(
         default=False, metadata={"help": "keep the codes of the start; train scales, biases, norms and tables alone"}
     )
-    calibration_texts: int = field(default=256, metadata={"help": "texts or images that a compensated start is fitted to"})
+    dense: bool = field(
+        default=True, metadata={"help": "a Dense layer in float behind the pooling makes up for errors of the embedding"}
+    )
+    calibration_texts: int = field(
+        default=256, metadata={"help": "texts or images that a compensated start and the Dense layer are fitted to"}
+    )
     gradual: float = field(default=0.0, metadata={"help": "share of the steps over which weights become ternary"})
     learned_scale: bool = field(default=True, metadata={"help": "train the scales, else they follow the weights"})
     scale_learning_rate: float | None = field(default=None, metadata={"help": "of learned scales [default: learning_rate]"})

@@ -27,7 +27,7 @@ from ..config import TernaryConfig
 from ..modules import FakeTernaryLinear
 from ..ternarize import dequantize, quantize_activation, ternary_codes, ternary_scale
 from .data import by_length
-from .student import Encoder, load_teacher, make_student, pack_student, ternary_layers
+from .student import Encoder, add_dense, load_teacher, make_student, pack_student, ternary_layers
 from .texts import Collator, TokenizedTexts
 
 # Added to the diagonal of the Hessian, as a share of its mean: GPTQ's default times twenty, as few texts are enough then.
@@ -44,6 +44,9 @@ SUMS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, to
 
 # Rounds of the coordinate descent; later ones hardly change anything.
 SWEEPS = 10
+
+# Strengths of the ridge that are tried for the Dense module.
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def calibrate(
@@ -74,7 +77,10 @@ def calibrate(
     batches = [collate([data[int(i)] for i in index]) for index in by_length(data.lengths)]
     inputs = [{name: batch[name].to(device) for name in ("input_ids", "attention_mask")} for batch in batches]
     student = make_student(teacher, config)
-    compensate(Encoder(student).to(device), Encoder(teacher).to(device), inputs)
+    add_dense(student)
+    encoders = Encoder(student).to(device), Encoder(teacher).to(device)
+    compensate(*encoders, inputs)
+    fit_dense(*encoders, inputs)
     return pack_student(student.to("cpu"), config)
 
 
@@ -102,6 +108,51 @@ def compensate(student: Encoder, teacher: Encoder, batches: Iterable[dict[str, A
             if block is not None:
                 students.finish(block)
                 teachers.finish(block)
+
+
+@torch.no_grad()
+def fit_dense(student: Encoder, teacher: Encoder, batches: Iterable[dict[str, Any]]) -> None:
+    """Let the Dense module behind the student's pooling make up for what is linear in the error of its embeddings, in place.
+
+    Ridge regression of the teacher's pooled embeddings on the student's, towards changing nothing. Its strength is that of
+    :data:`RIDGES` which does best when each half of the inputs is predicted from the other; where none does better than
+    nothing, nothing is changed. The same relative error weighs the same in every input. A Dense module of the teacher's own
+    is multiplied by what is found.
+
+    Args:
+        student: with :func:`.student.add_dense`.
+        teacher: the same encoder in full precision.
+        batches: inputs of both, best ten times as many as an embedding has dimensions; of several processes, each gives its
+            own.
+    """
+    linear = add_dense(student.model).linear
+    width = linear.in_features
+    # Of each half of the batches: x x', [width + 1, width + 1], and x (t - x)', [width + 1, width], x followed by a 1.
+    squares, errors = (torch.zeros((2, width + 1, columns), device=linear.weight.device) for columns in (width + 1, width))
+    for number, batch in enumerate(batches):
+        x, t = student.pooled(**batch).float(), teacher.pooled(**batch).float()
+        one = torch.full_like(x[:, :1], linear.bias is not None)
+        length = t.norm(dim=1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
+        x, error = torch.cat([x, one], 1) / length, (t - x) / length
+        squares[number % 2] += x.t() @ x
+        errors[number % 2] += x.t() @ error
+    squares, errors = (total.cpu().double() for total in reduce([squares, errors], "sum"))
+    eye = torch.eye(width + 1, dtype=torch.float64)
+    unit = width * eye * squares.sum(0).diagonal()[:-1].mean() / squares.sum(0)[-1, -1].clamp_min(1)
+
+    def solve(xx: torch.Tensor, xe: torch.Tensor, ridge: float) -> torch.Tensor:
+        return torch.cholesky_solve(xe, torch.linalg.cholesky(xx + ridge * unit))
+
+    def gain(ridge: float) -> float:
+        changes = solve(squares, errors, ridge).flip(0)
+        return (2 * (changes * errors).sum() - (changes * (squares @ changes)).sum()).item()
+
+    best = max(RIDGES, key=gain)
+    if gain(best) > 0:
+        change = solve(squares.sum(0), errors.sum(0), best).t().to(linear.weight)
+        if linear.bias is not None:
+            linear.bias += linear.weight @ change[:, -1]
+        linear.weight += linear.weight @ change[:, :-1]
 
 
 def _in_order(student: Encoder, batch: dict[str, Any]) -> tuple[list[list[str]], set[str]]:

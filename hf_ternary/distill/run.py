@@ -17,11 +17,11 @@ from ..evaluation.results import provenance, weights, write_json
 from ..files import read_json
 from ..hub import check_target, push_to_hub, save_pretrained
 from .arguments import DistillArguments
-from .calibrate import compensate
+from .calibrate import compensate, fit_dense
 from .data import Corpus
 from .health import plot
 from .images import ImageCollator, Images, read_images
-from .student import Encoder, continue_from, fix_codes, load_teacher, make_student, pack_student, transformer_of
+from .student import Encoder, add_dense, continue_from, fix_codes, load_teacher, make_student, pack_student, transformer_of
 from .texts import Collator, TokenizedTexts, read_corpus
 from .trainer import DistillTrainer, claim, last_checkpoint
 
@@ -77,8 +77,9 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
     teacher = load_teacher(args.teacher, args.max_length, "image" if args.images else "text")
     config = args.ternary_config()
     student = make_student(teacher, config, args.learned_scale, args.attn_implementation)
-    if args.student:
-        continue_from(student, args.student, config)
+    if args.dense:
+        add_dense(student)
+    complete = continue_from(student, args.student, config) if args.student else False
 
     corpus = corpus or _read(args)
     claim(output, checkpoint, _made_from(args, corpus), args.process_index == 0)
@@ -91,8 +92,12 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         held_out,
         collate,
     )
-    if args.init == "compensated" and not args.student and checkpoint is None:
-        compensate(trainer.student, trainer.teacher, trainer.calibration_batches(args.calibration_texts))
+    if checkpoint is None:
+        encoders, batches = (trainer.student, trainer.teacher), trainer.calibration_batches(args.calibration_texts)
+        if args.init == "compensated" and not args.student:
+            compensate(*encoders, batches)
+        if args.dense and not complete:
+            fit_dense(*encoders, batches)
     if args.fixed_codes:
         fix_codes(student)
     trainer.train(resume_from_checkpoint=checkpoint)

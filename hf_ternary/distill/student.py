@@ -8,6 +8,7 @@ from typing import Any, cast
 import sentence_transformers
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 from sentence_transformers.util import is_sentence_transformer_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -129,6 +130,18 @@ class Encoder(nn.Module):
         hidden = (*layers, output.get("token_embeddings", last))
         return {"hidden": hidden, "embedding": output["sentence_embedding"], "relations": list(self._captured)}
 
+    def pooled(self, **inputs: Any) -> torch.Tensor:
+        """Inputs as of :meth:`forward` -> float ``[B, D]``: the embedding that the pooling makes."""
+        seen: list[torch.Tensor] = []
+
+        def hook(module: nn.Module, args: Any, output: dict[str, Any]) -> None:
+            seen.append(output["sentence_embedding"])
+
+        handle = self.model[_behind_pooling(self.model) - 1].register_forward_hook(hook)
+        self(**inputs)
+        handle.remove()
+        return seen[0]
+
 
 def make_student(
     teacher: SentenceTransformer, config: TernaryConfig, learned_scale: bool = True, attn_implementation: str | None = None
@@ -149,6 +162,23 @@ def make_student(
     return student
 
 
+def _behind_pooling(model: SentenceTransformer) -> int:
+    """Index of the module behind the pooling, which some vision models do inside the transformer."""
+    return 1 + (len(model) > 1 and isinstance(model[1], Pooling))
+
+
+def add_dense(model: SentenceTransformer) -> Any:
+    """The Dense module behind the pooling of ``model``; if there is none, one that changes nothing is put there."""
+    index = _behind_pooling(model)
+    if len(model) == index or not isinstance(model[index], Dense):
+        width = cast(Any, model[index - 1]).get_embedding_dimension()
+        dense = Dense(
+            width, width, activation_function=nn.Identity(), init_weight=torch.eye(width), init_bias=torch.zeros(width)
+        )
+        model.insert(index, dense)
+    return model[index]
+
+
 def _second_names(transformer: PreTrainedModel) -> dict[str, Any]:
     """{name of a table: the table that it is tied to}, as of T5's ``encoder.embed_tokens`` to ``shared``."""
     ties = {a.rpartition(".")[0]: s.rpartition(".")[0] for a, s in transformer.all_tied_weights_keys.items()}
@@ -157,11 +187,14 @@ def _second_names(transformer: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def continue_from(student: SentenceTransformer, name: str, config: TernaryConfig) -> None:
+def continue_from(student: SentenceTransformer, name: str, config: TernaryConfig) -> bool:
     """Give ``student`` the weights of a finished ternary model of the same teacher, in place.
 
     Its master weights are on the levels of their codes, so a code changes only where gradients agree for many steps. A table
     is rounded anew while it trains.
+
+    Returns:
+        Whether all of it was trained: False if only ``student`` has a Dense module behind its pooling.
 
     Raises:
         ValueError: it is not ternary, was made with other options, or of a model of another shape.
@@ -181,6 +214,9 @@ def continue_from(student: SentenceTransformer, name: str, config: TernaryConfig
     trained = transformer_of(student).state_dict()
     weights = {key: weight for key, weight in weights.items() if key not in second_names}
     weights |= {key: scale for key, scale in scales.items() if key in trained}
+    complete = len(whole) >= len(student)
+    if not complete:
+        add_dense(whole)
     # What stands behind the transformer, as a Dense module, was trained too.
     behind, trained_behind = (nn.ModuleList(list(model)[1:]) for model in (whole, student))
     for theirs, ours in ((weights, trained), (behind.state_dict(), trained_behind.state_dict())):
@@ -191,6 +227,7 @@ def continue_from(student: SentenceTransformer, name: str, config: TernaryConfig
             )
     transformer_of(student).load_state_dict(weights)
     trained_behind.load_state_dict(behind.state_dict())
+    return complete
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from hf_ternary import TernaryConfig
 from hf_ternary.distill import calibrate as calibrate_module
-from hf_ternary.distill.calibrate import calibrate, compensate, round_again, round_with_compensation
-from hf_ternary.distill.student import Encoder, load_teacher, make_student
+from hf_ternary.distill.calibrate import calibrate, compensate, fit_dense, round_again, round_with_compensation
+from hf_ternary.distill.student import Encoder, add_dense, load_teacher, make_student
 from hf_ternary.ternarize import dequantize, ternarize, ternary_codes, ternary_scale
 from tests.conftest import tiny_tokenizer
 from tests.distill.conftest import make_texts
@@ -129,6 +129,50 @@ def test_layers_make_up_for_the_error_of_the_residual_stream(teacher: Path, monk
             states = [encoder(**batches[-1])["hidden"][-1][mask] for encoder in (student, wanted)]
         errors.append(F.mse_loss(*states).item())
     assert errors[0] < 0.98 * errors[1]
+
+
+def encoders_and_batches(
+    teacher: Path, texts: int
+) -> tuple[tuple[Encoder, Encoder], list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """A student that is wrong by a linear map and by noise, its teacher, batches of 32 texts, and one more batch."""
+    model = load_teacher(str(teacher))
+    student = make_student(model, TernaryConfig())
+    norm = student[0].auto_model.encoder.layer[-1].output.LayerNorm
+    with torch.no_grad():
+        norm.weight *= torch.rand(32) + 0.5
+        norm.bias += 0.5 * torch.randn(32)
+    rows = make_texts(texts + 32)
+    batches = [dict(model.tokenize(rows[i : i + 32])) for i in range(0, len(rows), 32)]
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+    add_dense(student)
+    return (Encoder(student), Encoder(model)), batches[:-1], batches[-1]
+
+
+@torch.no_grad()
+def cosine(encoders: tuple[Encoder, Encoder], batch: dict[str, torch.Tensor]) -> float:
+    return F.cosine_similarity(*(encoder(**batch)["embedding"] for encoder in encoders)).mean().item()
+
+
+@pytest.mark.parametrize(("texts", "least"), [(1024, 0.3), (64, 0.1), (32, 0.0)])
+def test_dense_layer_makes_up_for_a_linear_error_and_does_no_harm_on_few_texts(teacher: Path, texts: int, least: float):
+    encoders, batches, unseen = encoders_and_batches(teacher, texts)
+    before = cosine(encoders, unseen)
+    fit_dense(*encoders, batches)
+    assert 1 - cosine(encoders, unseen) <= (1 - least) * (1 - before)
+
+
+def test_dense_layer_of_the_teacher_is_kept_and_multiplied(teacher: Path, tmp_path: Path):
+    original = SentenceTransformer(str(teacher), device="cpu")
+    dense = add_dense(original)
+    torch.nn.init.orthogonal_(dense.linear.weight)
+    dense.bias, dense.linear.bias = False, None
+    original.save_pretrained(str(tmp_path / "dense"))
+    encoders, batches, unseen = encoders_and_batches(tmp_path / "dense", 512)
+    assert len(encoders[0].model) == len(original)
+    before = cosine(encoders, unseen)
+    fit_dense(*encoders, batches)
+    assert 1 - cosine(encoders, unseen) < 0.9 * (1 - before)
+    assert encoders[0].model[2].linear.bias is None
 
 
 def test_calibrated_without_training(teacher: Path, tmp_path: Path):

@@ -93,7 +93,9 @@ def test_the_teacher_is_as_mixed_in_precision_as_the_student_and_neither_when_me
 
     monkeypatch.setattr(Encoder, "forward", watched)
     changes = {} if measured else {"eval_texts": 0}
-    distill(DistillArguments(**options(max_steps=2, bf16=True, eval_strategy="no", eval_on_start=False, **changes)))
+    distill(
+        DistillArguments(**options(max_steps=2, bf16=True, eval_strategy="no", eval_on_start=False, dense=False, **changes))
+    )
     # The teacher alone is looked at before the first step; then teacher and student take turns, also at the end.
     assert mixed == [False, True, True, True, True, *[False, False] * measured]
 
@@ -305,9 +307,9 @@ def test_a_table_under_two_names(bits: int | None, options: Options, tmp_path: P
 
 
 def test_fixed_codes_stay_as_they_are(options: Options, tmp_path: Path):
-    first = options(output_dir=str(tmp_path / "first"))
+    first = options(output_dir=str(tmp_path / "first"), dense=False)
     distill(DistillArguments(**first))
-    second = options(student=str(tmp_path / "first" / "model"), fixed_codes=True, learning_rate=5e-3, max_steps=40)
+    second = options(student=f"{first['output_dir']}/model", fixed_codes=True, learning_rate=5e-3, max_steps=40, dense=False)
     distill(DistillArguments(**second))
     cosines = [entry["eval_cosine"] for entry in log(second) if "eval_cosine" in entry]
     assert cosines[-1] > cosines[0]
