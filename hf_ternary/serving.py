@@ -241,7 +241,7 @@ def _read(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
             with safe_open(path, "numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     array = file.get_tensor(name)
-                    if array.dtype == np.float32 and not np.isfinite(array).all():
+                    if array.dtype.kind == "f" and not np.isfinite(array).all():
                         raise ValueError(f"{path}: {name} holds a NaN or an infinity. {_RESAVE}")
                     if name.endswith(".weight_scale") and (array < 0).any():
                         raise ValueError(f"{path}: {name} holds a negative value. {_RESAVE}")

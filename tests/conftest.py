@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
 import string
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,9 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(_name, _value)  # a test's own process may be online, with a Hub on loopback
+if "HF_DATASETS_CACHE" not in os.environ:  # what `datasets` has read is kept for this run, not in the user's cache
+    _datasets_cache = tempfile.TemporaryDirectory(prefix="hf_ternary-datasets-")
+    os.environ["HF_DATASETS_CACHE"] = _datasets_cache.name
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: without a GPU its kernels are interpreted
 
@@ -77,6 +83,14 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,7 @@ class Repository:
     is_private: bool
     commits: dict[str, Tree] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)  # of the commits that were pushed
 
     def __post_init__(self) -> None:
         self.commit("main", {".gitattributes": File(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)})
@@ -195,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name: str, revision: str) -> None:
         repository = self._repository(name, write=True)
-        tree = dict(self._tree(repository, revision)[1])
+        tree, message = dict(self._tree(repository, revision)[1]), ""
         for line in self.body.splitlines():
             operation = json.loads(line)
             value = operation["value"]
@@ -205,11 +206,14 @@ class _Handler(BaseHTTPRequestHandler):
                 tree[value["path"]] = File(self._stored(value["oid"]), True)
             elif operation["key"] == "deletedFile":
                 tree.pop(value["path"])
+            elif operation["key"] == "header":
+                message = value["summary"]
         pull_request = None
         if self.query.get("create_pr") == "1":
             pull_request = 1 + sum(branch.startswith("refs/pr/") for branch in repository.branches)
             revision = f"refs/pr/{pull_request}"
         sha = repository.commit(revision, tree)
+        repository.messages[sha] = message
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "hookOutput": ""}
         if pull_request:
             answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{pull_request}"

@@ -4,25 +4,28 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.util import pairwise_cos_sim
 from transformers import BertForMaskedLM
 
 import hf_ternary
+from hf_ternary import cli
 from hf_ternary.__main__ import main
 from hf_ternary.hub import save_pretrained
 from hf_ternary.info import read_info
 
-from .conftest import SENTENCES, save_tiny_bert
+from .conftest import SENTENCES, VOCAB_SIZE, save_tiny_bert
 from .hub_server import TOKEN, HubServer
 
 COMMANDS = ["quantize", "info", "encode", "bench", "push"]
@@ -78,6 +81,11 @@ def test_version(run: Run) -> None:
     assert run("--version") == Result(0, f"hf-ternary {hf_ternary.__version__}\n", "")
 
 
+def test_the_command_is_installed() -> None:
+    (command,) = metadata.entry_points(group="console_scripts", name="hf-ternary")
+    assert command.load() is main
+
+
 def test_quantize_a_sentence_transformer(tiny_sentence_transformer: Path, packed: Path, run: Run, tmp_path: Path) -> None:
     result = run("quantize", tiny_sentence_transformer, tmp_path / "out")
     assert result.status == 0
@@ -131,6 +139,15 @@ def test_quantize_draws_from_many_texts_and_tells_how_close_it_came(
     original = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
     cosine = pairwise_cos_sim(made.encode(aside), original.encode(aside)).mean()
     assert f"on 3 texts that were set aside: {cosine:.3f}" in result.out
+
+
+def test_quantize_sets_a_hundred_texts_aside_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(f"text {number}" for number in range(1200)))
+    seen: list[str] = []
+    monkeypatch.setattr("hf_ternary.distill.calibrate.calibrate", lambda src, texts, config: seen.extend(texts))
+    _, aside = cli._calibrate("model", str(tmp_path / "texts.txt"), 1000, hf_ternary.TernaryConfig())
+    assert (len(seen), len(aside)) == (1000, 100)
+    assert not set(seen) & set(aside)
 
 
 def test_quantize_with_texts_needs_a_sentence_transformer(tiny_bert: Path, run: Run, tmp_path: Path) -> None:
@@ -222,15 +239,54 @@ def test_info_of_a_float_model(tiny_bert: Path, run: Run) -> None:
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
 def test_encode_to_a_file(suffix: str, packed: Path, run: Run, tmp_path: Path) -> None:
     output = tmp_path / f"out{suffix}"
-    assert run("encode", packed, *SENTENCES, "--output", output, "--batch-size", 2).status == 0
+    assert run("encode", packed, *SENTENCES, "--output", output, "--batch-size", 2, "--device", "cpu").status == 0
     expected = SentenceTransformer(str(packed), device="cpu").encode(SENTENCES)
     if suffix == ".npy":
-        np.testing.assert_array_equal(np.load(output), expected)
-        return
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["text"] for row in rows] == SENTENCES
-    np.testing.assert_array_equal(np.float32([row["embedding"] for row in rows]), expected)
+        found = np.load(output)
+    else:
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [row["text"] for row in rows] == SENTENCES
+        found = np.float32([row["embedding"] for row in rows])
+    np.testing.assert_array_equal(found, expected)
     assert os.listdir(tmp_path) == [output.name]
+
+
+def test_encode_puts_a_prompt_before_the_texts(packed: Path, run: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(packed, tmp_path / "model")
+    settings = folder / "config_sentence_transformers.json"
+    prompts = {"query": "find the ", "document": "in the "}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "prompts": prompts}))
+    result = run("encode", folder, "red dog", "--prompt-name", "query")
+    assert result.status == 0, result.err
+    row = json.loads(result.out)
+    assert row["text"] == "red dog"
+    expected = SentenceTransformer(str(packed), device="cpu").encode(["find the red dog"])
+    np.testing.assert_array_equal(np.float32([row["embedding"]]), expected)
+    assert_is_one_line_error(run("encode", folder, "red dog", "--prompt-name", "passage"), "passage", "query")
+
+
+def test_encode_by_a_sparse_encoder(tiny_sparse_encoder: Path, run: Run, tmp_path: Path) -> None:
+    assert run("quantize", tiny_sparse_encoder, tmp_path / "out").status == 0
+    result = run("encode", tmp_path / "out", "a cat", "a dog")
+    assert result.status == 0, result.err
+    found = np.float32([json.loads(line)["embedding"] for line in result.out.splitlines()])
+    assert found.shape == (2, VOCAB_SIZE)
+    expected = SparseEncoder(str(tmp_path / "out"), device="cpu").encode(["a cat", "a dog"]).to_dense()
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
+def test_a_failed_write_leaves_what_was_there(
+    packed: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: Any, array: np.ndarray) -> None:
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    (tmp_path / "out.npy").write_bytes(b"before")
+    monkeypatch.setattr(np, "save", fail)
+    assert_is_one_line_error(run("encode", packed, "a cat", "--output", tmp_path / "out.npy"), "No space left")
+    assert (tmp_path / "out.npy").read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["out.npy"]
 
 
 def test_encode_reads_lines(packed: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +348,22 @@ def test_bench_compares_with_float32(kind: str, packed: Path, tiny_cross_encoder
     assert "2 texts" in result.out
 
 
+def test_bench_of_the_ternary_model_alone(packed: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text("a cat\na dog sat on the red cat\n")
+    before = torch.get_num_threads()
+    options = ["--no-baseline", "--threads", 1, "--batch-size", 7, "--rounds", 6]
+    try:
+        result = run("bench", packed, "--input", tmp_path / "texts", *options)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert result.status == 0, result.err
+    assert "ternary" in result.out
+    assert "float32" not in result.out
+    assert "1.00x" not in result.out
+    assert "2 texts, 13 tokens, batches of 7, 1 threads, median of 6 rounds" in result.out
+
+
 def test_bench_of_a_float_model(tiny_sentence_transformer: Path, run: Run) -> None:
     assert_is_one_line_error(run("bench", tiny_sentence_transformer), "holds no ternary model", "hf-ternary quantize")
 
@@ -302,9 +374,12 @@ def test_bench_needs_five_rounds(packed: Path, run: Run) -> None:
     assert "--rounds" in result.err
 
 
-def test_debug_shows_the_traceback(packed: Path) -> None:
+@pytest.mark.parametrize("position", [0, 1, 4])
+def test_debug_shows_the_traceback_wherever_it_stands(position: int, packed: Path) -> None:
+    arguments = ["encode", str(packed), "--input", os.devnull]
+    arguments.insert(position, "--debug")
     with pytest.raises(ValueError, match="there is no text"):
-        main(["--debug", "encode", str(packed), "--input", os.devnull])
+        main(arguments)
 
 
 @pytest.mark.parametrize("package", ["typer", "torch", "sentence_transformers"])
@@ -318,9 +393,27 @@ def test_a_missing_package_names_the_fix(
     assert_is_one_line_error(result, f"{package} is not installed. Fix: pip install 'hf_ternary[hf]'")
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, hf_ternary.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["--version"]], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import atexit, sys\n"
+        "from hf_ternary.__main__ import main\n"
+        "atexit.register(lambda: print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules))))\n"
+        f"main({arguments!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_push_passes_every_option_on(packed: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("hf_ternary.hub.push_to_hub", lambda *given, **options: asked.append((given, options)) or "the URL")
+    options = ["--public", "--revision", "v2", "--create-pr", "--message", "Why"]
+    assert run("push", packed, "me/model", *options) == Result(0, "the URL\n", "")
+    assert run("push", packed, "me/model").status == 0
+    named = {"private": False, "revision": "v2", "create_pr": True, "commit_message": "Why"}
+    nothing = {"private": None, "revision": None, "create_pr": False, "commit_message": None}
+    assert asked == [((packed, "me/model"), named), ((packed, "me/model"), nothing)]
 
 
 def test_push_in_a_real_process(packed: Path) -> None:

@@ -350,6 +350,16 @@ def test_token_types(bert: Any):
     assert not torch.equal(native(bert, inputs), native(bert, batch([4, 9])))
 
 
+@pytest.mark.parametrize("model_type", ["roberta", "mpnet"])
+def test_ids_of_padding_inside_a_text(model_type: str, tmp_path: Path):
+    """Of which these families count no position."""
+    model, inputs = make(tmp_path, model_type), batch([4, 9])
+    before = native(model, inputs)
+    inputs["input_ids"][1, 2:5] = PAD
+    assert_same_embeddings(model, inputs)
+    assert torch.equal(native(model, inputs)[0], before[0])
+
+
 def test_no_mask_and_a_boolean_mask(bert: Any):
     inputs = batch([9])
     whole = native(bert, inputs)
@@ -708,11 +718,22 @@ def test_a_masked_end_of_text_falls_back(tmp_path: Path):
     falls_back(model, inputs)
 
 
-def test_torch_compile_falls_back(bert: Any):
+def test_torch_compile_falls_back_without_a_graph_break(bert: Any):
+    torch._dynamo.reset()
     inputs = batch([5])
+    expected = module_wise(bert, inputs)
     with torch.no_grad():
-        compiled = torch.compile(bert, backend="eager")(**inputs).last_hidden_state
-    torch.testing.assert_close(compiled, module_wise(bert, inputs))
+        compiled = torch.compile(bert, backend="eager", fullgraph=True)(**inputs).last_hidden_state
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_torch_export_falls_back(bert: Any):
+    inputs = batch([5])
+    expected = module_wise(bert, inputs)
+    with torch.no_grad():
+        exported = torch.export.export(bert, (), inputs)
+        assert "hf_ternary.linear" in exported.graph_module.code
+        torch.testing.assert_close(exported.module()(**inputs).last_hidden_state, expected)
 
 
 # Saving and copying

@@ -11,7 +11,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,21 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import hf_ternary
 from hf_ternary import TernaryConfig
 from hf_ternary.__main__ import main
 from hf_ternary.convert import fake_ternarize_model
 from hf_ternary.hub import push_to_hub, save_pretrained
 from hf_ternary.info import read_info
+from hf_ternary.ops import backends
 
 from .conftest import SENTENCES, tiny_tokenizer
 from .hub_server import TOKEN, File, HubServer
 from .test_architectures import build
+from .test_model_card import write_results, write_summary
 
 KINDS = ["SentenceTransformer", "CrossEncoder", "SparseEncoder", "BertModel"]
 PACKED = {"quantization_config": TernaryConfig()}
@@ -206,6 +210,41 @@ def test_a_model_that_does_not_save_its_weights_is_refused(tiny_bert: Path, save
     assert os.listdir(saved.parent) == ["model"]
 
 
+def test_a_model_that_is_not_saved_whole_is_refused(bert: nn.Module, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, save = contents(saved), transformers.PreTrainedModel.save_pretrained
+
+    def lose_a_layer(self: Any, folder: Path) -> None:
+        save(self, folder)
+        state = load_file(folder / "model.safetensors")
+        kept = {name: tensor for name, tensor in state.items() if "layer.0.output.dense" not in name}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lose_a_layer)
+    # 2 layers of 4 x 32 + 64 + 32 rows, 200 tokens and 128 positions
+    with pytest.raises(ValueError, match=r"BertModel was not saved whole: 744 of its 776 packed rows are in .*Fix"):
+        save_pretrained(bert, saved)
+    assert contents(saved) == before
+    assert os.listdir(saved.parent) == ["model"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_dense_module_takes_two_bytes_a_weight_where_that_loses_nothing(
+    exact: bool, tiny_sentence_transformer: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense
+
+    dense = Dense(32, 32)
+    dense.linear.weight.data = dense.linear.weight.data.half().float()
+    dense.linear.bias.data = dense.linear.bias.data.half().float() + (0 if exact else 1e-6)
+    model = load("SentenceTransformer", tiny_sentence_transformer, PACKED)
+    save_pretrained(SentenceTransformer(modules=[*model, dense], device="cpu"), tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*_Dense/model.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16 if exact else torch.float32}
+    loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert all(torch.equal(one, other) for one, other in zip(loaded[-1].parameters(), dense.parameters(), strict=True))
+
+
 def test_modules_that_call_their_tensors_alike(tiny_sentence_transformer: Path, tmp_path: Path) -> None:
     """Two towers, and dense layers after one of them."""
     from sentence_transformers import SentenceTransformer
@@ -368,6 +407,37 @@ def test_push_and_reload(kind: str, floats: dict[str, Path], online: Callable[..
     assert f'"{repo}"' in files["README.md"].content.decode()  # the usage example names the repository
 
 
+def _push_measured(source: Path, results: Path, training: Path) -> str:
+    """By the name alone, and with a token that is given."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_TOKEN", "hf_wrong")
+        return push_to_hub(
+            load("BertModel", source),
+            "measured",
+            tokenizer=tiny_tokenizer(),
+            base_model="tester/full",
+            results=results,
+            training=training,
+            commit_message="Measured",
+            token=TOKEN,
+        )
+
+
+def test_what_is_told_of_a_model_reaches_the_hub(
+    saved: Path, online: Callable[..., Any], hub: HubServer, tmp_path: Path
+) -> None:
+    results, training = write_results(tmp_path / "eval.json", saved), write_summary(tmp_path / "summary.json", saved)
+    online(_push_measured, saved, results, training)
+    files, repository = hub.files("tester/measured"), hub.repositories["tester/measured"]
+    assert files["model.safetensors"].content == (saved / "model.safetensors").read_bytes()
+    card = files["README.md"].content.decode()
+    assert "base_model: tester/full\n" in card
+    assert "| STSBenchmark | STS | cosine_spearman | 81.23 | 82.00 | 99.1 % |" in card
+    assert "| 1 | the full-precision weights, compensated | 5,500 | 20,415,428 | 0.0004 | 0.925 |" in card
+    assert 'BertModel.from_pretrained("tester/measured")' in card
+    assert repository.messages[repository.branches["main"]] == "Measured"
+
+
 def _push_natively_and_reload(kind: str, source: Path, repo: str) -> None:
     model = load(kind, source, PACKED)
     model.push_to_hub(repo)
@@ -427,6 +497,66 @@ def test_revision_and_pull_request(bert: nn.Module, saved: Path, online: Callabl
     assert hub.files(repo, "refs/pr/1")["README.md"].content == b"version 3"
     for loaded in online(_load_revisions, repo, ["main", "v2", "refs/pr/1"]):
         np.testing.assert_array_equal(loaded, outputs(bert))
+
+
+def _embed(model: str, revision: str | None = None) -> np.ndarray:
+    return hf_ternary.load(model, revision, threads=1).encode(SENTENCES)
+
+
+@pytest.mark.skipif(backends.choose().backend == "reference", reason="the C++ kernels are not built")
+def test_load_takes_an_id_and_a_revision(
+    floats: dict[str, Path], online: Callable[..., Any], hub: HubServer, tmp_path: Path
+) -> None:
+    kind, repo = "SentenceTransformer", "tester/served"
+    folders = []
+    for name, config in (("main", TernaryConfig()), ("v2", TernaryConfig(group_size=16))):
+        model = load(kind, floats[kind], {"quantization_config": config})
+        folders.append(save_pretrained(model, tmp_path / name))
+        online(partial(push_to_hub, folders[-1], repo, revision=None if name == "main" else name))
+    first, second = map(_embed, map(str, folders))
+    assert not np.array_equal(first, second)
+    before = len(hub.requests)
+    np.testing.assert_array_equal(online(_embed, repo), first)
+    np.testing.assert_array_equal(online(_embed, repo, "v2"), second)
+    np.testing.assert_array_equal(online(_embed, repo, hub.repositories[repo].branches["v2"]), second)
+    fetched = {path.rpartition("/")[2] for _, path in hub.requests[before:] if "/resolve/" in path}
+    assert "config.json" in fetched
+    assert "README.md" not in fetched  # only what it reads
+    with pytest.raises(ValueError, match=r"tester/served is no folder.*Hub \(RevisionNotFoundError\)\. Fix: check the name"):
+        online(_embed, repo, "v3")
+
+
+def _run(*arguments: str) -> str:
+    """Standard output of the command line, which succeeds."""
+    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    assert exit_.value.code == 0
+    return out.getvalue()
+
+
+def _push_float_sentence_transformer(source: Path, repo: str) -> None:
+    load("SentenceTransformer", source).push_to_hub(repo)
+
+
+def test_the_command_line_takes_ids(
+    floats: dict[str, Path], online: Callable[..., Any], hub: HubServer, tmp_path: Path
+) -> None:
+    folder, repo = tmp_path / "model", "tester/typed"
+    online(_push_float_sentence_transformer, floats["SentenceTransformer"], "tester/untyped")
+    online(_run, "quantize", "tester/untyped", str(folder))
+    url = online(_run, "push", str(folder), repo, "--public", "--message", "As typed")
+    repository = hub.repositories[repo]
+    assert url == f"{hub.url}/{repo}/commit/{repository.branches['main']}\n"
+    assert repository.messages[repository.branches["main"]] == "As typed"
+    assert not repository.is_private
+    assert f"{(folder / 'model.safetensors').stat().st_size:,}" in online(_run, "info", repo)
+    row = json.loads(online(_run, "encode", repo, SENTENCES[0]))
+    np.testing.assert_array_equal(np.float32(row["embedding"]), load("SentenceTransformer", folder).encode(SENTENCES[0]))
+    (folder / "README.md").write_text("changed")
+    url = online(_run, "push", str(folder), repo, "--create-pr", "--message", "Please")
+    assert url == f"{hub.url}/{repo}/discussions/1\n"
+    assert repository.messages[repository.branches["refs/pr/1"]] == "Please"
+    assert hub.files(repo)["README.md"].content != b"changed"
 
 
 def _push_with_wrong_token(folder: Path) -> tuple[int | str | None, str]:

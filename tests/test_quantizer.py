@@ -144,11 +144,14 @@ def test_packed_weights_are_frozen_and_the_rest_trains(packed_folder):
 
 
 def test_dequantize_at_load(packed_folder):
-    if not hasattr(transformers.quantizers.auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):
-        pytest.skip(f"transformers {transformers.__version__} takes no load options of other quantizers")
+    option, packed = TernaryConfig(dequantize=True), BertModel.from_pretrained(packed_folder)
+    if not hasattr(transformers.quantizers.auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):  # before 5.4: only its own quantizers'
+        with pytest.warns(UserWarning, match="`quantization_config` from the model will be used"):
+            same = BertModel.from_pretrained(packed_folder, quantization_config=option)
+        assert torch.equal(encode(same), encode(packed))
+        return
     with pytest.warns(UserWarning, match="loading attributes"):
-        plain = BertModel.from_pretrained(packed_folder, quantization_config=TernaryConfig(dequantize=True))
-    packed = BertModel.from_pretrained(packed_folder)
+        plain = BertModel.from_pretrained(packed_folder, quantization_config=option)
     assert type(plain.get_submodule(KEY)) is nn.Linear
     assert torch.allclose(plain.get_submodule(KEY).weight, packed.get_submodule(KEY).dequantize(), atol=1e-6)
     assert not hasattr(plain.config, "quantization_config")
@@ -402,27 +405,29 @@ def peak():  # not getrusage: its peak is never below that of the process that s
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 seconds = []
-for _ in range(5):
+for _ in range(3):
     start = time.process_time()
     model = BertModel.from_pretrained(sys.argv[2])
     seconds.append(time.process_time() - start)
     extra = peak() - before
     del model
     gc.collect()
-print(extra, min(seconds))
+start = time.process_time()
+torch.empty(int(sys.argv[3]) // 10).normal_()
+print(extra, min(seconds), 10 * (time.process_time() - start))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_makes_no_float_copy(packed_folder, tmp_path):
-    """BERT-large shape: peak extra memory below 1.3 x the file, half a second of processor time."""
+    """BERT-large shape: peak extra memory below 1.3 x the file, and less time than only to initialise its float weights."""
     from hf_ternary import convert
     from tests.conftest import tiny_bert_config
 
     options = {"vocab_size": 30522, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
     with torch.device("meta"):
         model = BertModel(tiny_bert_config(**options, intermediate_size=4096, max_position_embeddings=512))
-    config = TernaryConfig(embedding_bits=4)
+    config, count = TernaryConfig(embedding_bits=4), sum(p.numel() for p in model.parameters())
     for name in convert.linears_to_convert(model, config):
         convert.replace(model, name, TernaryLinear.empty_like(model.get_submodule(name), 1, "int8"))
     for name, bits in convert.embeddings_to_convert(model, config).items():
@@ -432,11 +437,10 @@ def test_loading_makes_no_float_copy(packed_folder, tmp_path):
     model.config.quantization_config = config
     model.config.save_pretrained(tmp_path)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(packed_folder), str(tmp_path)], capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-c", MEASURE, str(packed_folder), str(tmp_path), str(count)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    extra, seconds = map(float, result.stdout.split())
+    extra, seconds, initialising = map(float, result.stdout.split())
     size = (tmp_path / "model.safetensors").stat().st_size
     assert extra < 1.3 * size
-    assert seconds < 0.5
+    assert seconds < initialising

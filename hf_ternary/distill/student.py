@@ -240,7 +240,10 @@ def fix_codes(model: nn.Module) -> None:
 
 
 def pack_student(student: SentenceTransformer, config: TernaryConfig) -> SentenceTransformer:
-    """Turn a trained student into the packed model that ``SentenceTransformer(path)`` will load, in place."""
+    """Turn a trained student into the packed model that ``SentenceTransformer(path)`` will load, in place.
+
+    A Dense module behind the pooling stays float, rounded to float16's values.
+    """
     transformer = transformer_of(student)
     for module in transformer.modules():
         module._forward_hooks.clear()
@@ -251,7 +254,12 @@ def pack_student(student: SentenceTransformer, config: TernaryConfig) -> Sentenc
     transformer.config.output_hidden_states = False
     quantizer.mark_quantized(transformer, config)
     encoder.bind(transformer)
-    return student.eval().requires_grad_(False)
+    student.eval().requires_grad_(False)
+    for module in student.children():
+        if isinstance(module, Dense):
+            for parameter in module.parameters():
+                parameter.copy_(parameter.half())
+    return student
 
 
 def ternary_layers(model: nn.Module) -> dict[str, FakeTernaryLinear]:

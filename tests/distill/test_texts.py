@@ -17,7 +17,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.gz", "a.parquet"])
 def test_every_format_gives_the_same_texts(tmp_path: Path, name: str):
     texts = ["the cat", "the dog \u00fc", "in a day"]
     path = tmp_path / name
@@ -26,8 +26,9 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, name: str):
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.table({"text": [*texts, None, " "]}), path)
-    elif path.suffix == ".txt":
-        path.write_text("\n".join([*texts, "", "  "]), encoding="utf-8")
+    elif ".txt" in path.suffixes:
+        content = "\n".join([*texts, "", "  "]).encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     else:
         write_jsonl(path, [*texts, " "])
     assert read_texts(str(path)) == texts

@@ -22,6 +22,11 @@ def test_the_demo_prints_its_table(tmp_path: Path):
     command = [sys.executable, demo.__file__, "--steps", "2", "--output", str(tmp_path / "kept")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert process.returncode == 0, process.stderr
-    for row in ("float32, torch", "ternary, rounded", "ternary, distilled"):
-        assert row in process.stdout
+    lines = ([cell.strip() for cell in line.split("│")[1:-1]] for line in process.stdout.splitlines())
+    table = {name: [float(cell.split()[0]) for cell in cells] for name, *cells in filter(None, lines)}
+    assert list(table) == ["float32, torch", "ternary, rounded", "ternary, distilled"]
+    sizes, cosines, rates = zip(*table.values(), strict=True)
+    assert sizes[2] == sizes[1] < 0.11 * sizes[0]
+    assert cosines[1] + 0.1 < cosines[2] < cosines[0] == 1
+    assert min(rates) > 0
     assert (tmp_path / "kept" / "model" / "model.safetensors").exists()

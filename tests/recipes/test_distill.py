@@ -1,22 +1,24 @@
 """The recipe as a command: options from yaml and flags, one-line errors, a clean stop."""
 
 import json
+import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import distill
 from hf_ternary.distill import DistillArguments
+from hf_ternary.distill.health import Health
 from options import parse
 from tests.conftest import save_tiny_vit
 from tests.distill.conftest import corpus_file, options, teacher  # noqa: F401 - fixtures
+from tests.distill.test_trainer import weights
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -82,7 +84,7 @@ def test_the_smoke_config_runs(
     flags += ["--relation_weight", "0.1", "--relation_modules", "encoder.layer.1.attention.self.value"]
     monkeypatch.setattr(sys, "argv", ["distill.py", "--config", str(RECIPES / "configs" / "smoke.yaml"), *flags])
     distill.main()
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "log.jsonl", "summary.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "log.jsonl", "summary.json", "health.png"}
 
 
 def test_the_smoke_config_of_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -97,7 +99,7 @@ def test_the_smoke_config_of_images_runs(tmp_path: Path, monkeypatch: pytest.Mon
     config = str(RECIPES / "configs" / "smoke-images.yaml")
     monkeypatch.setattr(sys, "argv", ["distill.py", "--config", config, *flags, "--output_dir", str(tmp_path / "run")])
     distill.main()
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "log.jsonl", "summary.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "log.jsonl", "summary.json", "health.png"}
 
 
 @pytest.mark.parametrize(
@@ -130,23 +132,39 @@ def test_bad_input_is_one_line(
     assert "\n" not in error
 
 
-def test_ctrl_c_stops_cleanly_and_the_run_can_go_on(options: Options, tmp_path: Path):  # noqa: F811
-    run_options = options(max_steps=2000, save_steps=20, eval_strategy="no", num_train_epochs=1)
-    config = write(tmp_path / "a.yaml", run_options)
-    process = subprocess.Popen(
-        [sys.executable, str(RECIPES / "distill.py"), "--config", config],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    state = Path(run_options["output_dir"]) / "checkpoint-20" / "trainer_state.json"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert errors.strip().splitlines()[-1].startswith("stopped; run the same command again")
-    assert "Traceback" not in errors
-    whole = [json.loads(path.read_text())["global_step"] for path in state.parent.parent.glob("*/trainer_state.json")]
-    assert whole
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
+    options: Options,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """To the bits of a run that was never stopped. Before that, a copy of the folder is ended at its last checkpoint."""
+    undisturbed, stopped = (options(max_steps=6, save_steps=4, output_dir=str(tmp_path / name)) for name in ("a", "b"))
+    distill.distill(DistillArguments(**undisturbed))
+    on_step_end = Health.on_step_end
+
+    def press(self: Health, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--config", write(tmp_path / "b.yaml", stopped)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Health, "on_step_end", press)
+        with pytest.raises(SystemExit) as stop:
+            distill.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; run the same command again")
+    assert [path.name for path in (tmp_path / "b").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not (tmp_path / "b" / "model").exists()
+
+    early = shutil.copytree(tmp_path / "b", tmp_path / "early")
+    distill.distill(DistillArguments(**{**stopped, "output_dir": str(early), "max_steps": 4}))
+    assert json.loads((early / "summary.json").read_text())["steps"] == 4
+
+    distill.main()
+    assert f"the model is in {tmp_path / 'b'}/model" in capsys.readouterr().out
+    wanted, got = weights(undisturbed), weights(stopped)
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
