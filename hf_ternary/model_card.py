@@ -104,6 +104,7 @@ def create(
         runs=runs,
         sources={(source["source"], source.get("sha256")): source for run in runs for source in run["sources"]}.values(),
         sha256=sha256,
+        dense=_dense(folder),
     )
 
 
@@ -122,6 +123,13 @@ def _hub_id(source: str | None) -> str | None:
     except HFValidationError:
         is_cached = False
     return source if is_cached else None
+
+
+def _dense(folder: Path) -> str | None:
+    """The shapes of the Dense modules behind a sentence-transformers model's pooling."""
+    modules = read_json(folder / "modules.json", [])
+    found = [read_json(folder / m["path"] / "config.json") for m in modules if m["type"].endswith(".Dense")]
+    return ", ".join(f"{dense['in_features']} x {dense['out_features']}" for dense in found) or None
 
 
 def _task(sentence_class: str | None, architecture: str, of_images: bool) -> str:

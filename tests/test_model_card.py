@@ -100,6 +100,7 @@ def write_summary(path: Path, folder: Path, **changes: Any) -> Path:
     run = {
         "options": {"init": "compensated", "learning_rate": 4e-4, "fixed_codes": False},
         "sources": [{"source": "wiki.jsonl", "texts": 1200, "weight": 0.5, "sha256": "ab" * 32}],
+        "texts": {"train": 185_907, "held_out": 420},
         "steps": 5500,
         "tokens": 20_415_428,
         "fidelity": {"eval_cosine": 0.92475},
@@ -122,9 +123,9 @@ def write_summary(path: Path, folder: Path, **changes: Any) -> Path:
 def test_training_comes_from_the_summaries_of_the_runs(folder: Path, tmp_path: Path) -> None:
     summary = write_summary(tmp_path / "summary.json", folder)
     text = create(folder, "packed", training=summary).text
-    assert "| 1 | the full-precision weights, compensated | 5,500 | 20,415,428 | 0.0004 | 0.925 |\n| 2 | run 1;" in text
-    assert "| 2 | run 1; ternary weights fixed, the rest trained | 5,500 | 20,415,428 | 0.0004 |  |\n\n" in text
-    sources = "| source | texts | SHA-256 |\n|---|---:|---|\n| wiki.jsonl | 1,200 | abababababab |\n| me/news | 30 |  |\n\n"
+    assert "| 1 | the full-precision weights, compensated | 5,500 | 20,415,428 | 0.0004 | 420 | 0.925 |\n| 2 | run 1;" in text
+    assert "| 2 | run 1; ternary weights fixed, the rest trained | 5,500 | 20,415,428 | 0.0004 | 420 |  |\n\n" in text
+    sources = "| source | texts in it | SHA-256 |\n|---|---:|---|\n| wiki.jsonl | 1,200 | abababababab |\n| me/news | 30 |  |\n\n"
     assert sources + "## Provenance" in text
     alone = create(folder, "packed", training=json.loads(write_summary(summary, folder, earlier=[]).read_text()))
     assert "| 1 | ternary weights cdcdcdcdcdcd; ternary weights fixed" in alone.text

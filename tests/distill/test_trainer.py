@@ -272,6 +272,7 @@ def test_a_finished_model_is_trained_further(options: Options, tmp_path: Path, l
     card = (tmp_path / "second" / "model" / "README.md").read_text()
     assert "| 1 | the full-precision weights, rounded | 12 |" in card
     assert "| 2 | run 1 | 12 |" in card
+    assert "A Dense layer in floating point behind the pooling, 32 x 32, is part of the model" in card
     assert any(not torch.equal(before, weights(second)[name]) for name, before in weights(first).items() if is_codes(before))
 
 
