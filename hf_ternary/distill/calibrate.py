@@ -54,6 +54,9 @@ def calibrate(
 ) -> SentenceTransformer:
     """Ternarize an encoder of texts without training it: in minutes, and far closer to the original than rounding alone.
 
+    Every ternary layer makes up for rounding errors (:func:`compensate`), and a Dense module in float behind the pooling for
+    what is linear in the error of the embeddings (:func:`fit_dense`).
+
     Args:
         model: full-precision sentence-transformers or transformers encoder (which gets mean pooling), a Hub id or folder.
         texts: of the kind that it will embed. More are better and take longer; with too few it fits them alone. Compare on
