@@ -143,6 +143,11 @@ def split_weight(source: str) -> tuple[str, float]:
 
 def load(source: str, *arguments: str, **options: Any) -> Any:
     """The split ``train`` as `datasets.load_dataset` reads it; ``source`` names it in errors."""
+    return ask(source, "load_dataset", *arguments, **options, split="train")
+
+
+def ask(source: str, function: str, *arguments: str, **options: Any) -> Any:
+    """What a function of `datasets` returns; ``source`` names in errors what it was to read."""
     try:
         import datasets
     except ImportError as error:
@@ -150,7 +155,7 @@ def load(source: str, *arguments: str, **options: Any) -> Any:
             f'{source} is no file or folder of texts; reading it needs datasets: pip install "hf_ternary[train]"'
         ) from error
     try:
-        return datasets.load_dataset(*arguments, **options, split="train")
+        return getattr(datasets, function)(*arguments, **options)
     except Exception as error:  # datasets and huggingface_hub raise a dozen types for "not found" and "offline"
         raise ValueError(
             f"{source} is neither a file, a folder nor a dataset that can be had: {error.__cause__ or error}"

@@ -1,5 +1,6 @@
 """Unlabelled images: reading, and pixels as the teacher's processor makes them."""
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .data import Corpus, identify, load, split_weight
+from .data import Corpus, ask, identify, load, split_weight
 
 
 def read_images(sources: Sequence[str], held_out: int, seed: int) -> Corpus:
     """As :func:`read_corpus`, of images.
 
     A source is a folder of images, a parquet file, or a folder or `datasets` id whose split ``train`` has images: in the
-    first column that is declared to hold them, or else in ``image``.
+    first column that is declared to hold them, or else in ``image``. Of a folder of images with several splits, such as
+    ``train/`` and ``test/``, ``train`` is read.
 
     Returns:
         A corpus of :class:`Picture`.
@@ -101,7 +103,10 @@ class ImageCollator:
 def _read_table(source: str) -> Any:
     """The images of one source: a `datasets.Dataset` with the column ``image``."""
     path = Path(source).expanduser()
-    table = load(source, "parquet", data_files=str(path)) if path.is_file() else load(source, str(path))
+    if path.is_dir():
+        table = _read_folder(source, path)
+    else:
+        table = load(source, "parquet", data_files=str(path)) if path.is_file() else load(source, str(path))
     import datasets
 
     declared = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
@@ -113,3 +118,27 @@ def _read_table(source: str) -> Any:
         return images.cast_column("image", datasets.Image(mode="RGB"))
     except (TypeError, ValueError, NotImplementedError) as error:  # what pyarrow raises
         raise ValueError(f'{source} holds no images in its column "{name}": {error}') from error
+
+
+def _read_folder(source: str, path: Path) -> Any:
+    """All images of a folder; the split ``train`` of one with several splits, or with data of another kind.
+
+    Raises:
+        ValueError: there are several splits, and images in none of them.
+    """
+    builder = ask(source, "load_dataset_builder", str(path))
+    splits = builder.config.data_files
+    if builder.name != "imagefolder":
+        return load(source, str(path))
+    if len(splits) == 1:  # `datasets` takes any name with train, val, test, dev or eval for a split, and drops the rest
+        return load(source, "imagefolder", data_files=f"{glob.escape(str(path))}/**")
+    root, taken = path.resolve(), {str(file) for files in splits.values() for file in files}
+    images = [file for file in sorted(root.rglob("*")) if file.suffix.lower() in builder.EXTENSIONS]
+    left = [file.relative_to(root) for file in images if file.as_posix() not in taken]
+    left = [file for file in left if not any(part.startswith((".", "__")) for part in file.parts)]  # `datasets` hides these
+    if left:
+        raise ValueError(
+            f"{source} has the splits {', '.join(map(str, splits))} by its names, and {len(left)} images in none of them, "
+            f"first {left[0]}. Fix: give the folders to read, each as a source"
+        )
+    return load(source, str(path))

@@ -1,6 +1,7 @@
 """Data files, plain or gzipped, read strictly: what is malformed is refused with its file and line."""
 
 import csv
+import glob
 import gzip
 import json
 import math
@@ -136,7 +137,8 @@ def _read_split(source: Path, split: str) -> "Dataset":
         elif path.is_file():
             table = datasets.load_dataset("parquet", data_files=str(path), split="train")
         else:
-            table = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
+            # Files, not the folder: there `datasets` takes names with train, val, test, dev or eval for splits.
+            table = datasets.load_dataset("imagefolder", data_files=f"{glob.escape(str(path))}/**", split="train")
     except Exception as error:  # datasets and huggingface_hub raise a dozen types for "not found" and "offline"
         raise ValueError(f"{path or source} cannot be read as images: {error}") from error
     if missing := {"image", "label"} - set(table.column_names):

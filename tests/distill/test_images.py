@@ -254,6 +254,33 @@ def test_sources_give_colour_images_a_weight_is_a_number_of_passes(folder: Path,
     assert [str(p) for p in read_images([plain], 4, seed=0).train] == [str(p) for p in read_images([plain], 4, seed=0).train]
 
 
+def save_images(root: Path, names: list[str]) -> str:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        make_image(number).save(root / name)
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["bus/1.png", "car/2.png", "train/3.png"], "123"),
+        (["steam-train.png", "photo1.png", ".hidden2.png"], "n1"),
+        (["ILSVRC2012_val_1.png", "ILSVRC2012_val_2.png"], "12"),
+        (["train/cats/1.png", "train/dogs/2.png", "test/cats/3.png", ".hidden4.png"], "12"),
+    ],
+)
+def test_only_a_folder_of_several_splits_is_read_in_part(names: list[str], read: str, tmp_path: Path):
+    corpus = read_images([save_images(tmp_path, names)], 0, seed=0)
+    assert {Path(str(picture)).stem[-1] for picture in corpus.train} == set(read)
+
+
+def test_images_beside_the_splits_are_refused(tmp_path: Path):
+    save_images(tmp_path, ["train/1.png", "test/2.png", "bus/3.png"])
+    with pytest.raises(ValueError, match=r"splits train, test by its names, and 1 images in none .* first bus/3\.png\. Fix"):
+        read_images([str(tmp_path)], 0, seed=0)
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 @pytest.mark.parametrize("mode", MODES)
 def test_an_image_of_one_pixel(teachers: Callable[[str], str], model_type: str, mode: str):

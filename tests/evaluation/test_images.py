@@ -16,6 +16,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from hf_ternary.evaluation.encoder import CachedEncoder
+from hf_ternary.evaluation.files import read_labelled_images
 from hf_ternary.evaluation.report import add_fidelity, evaluate
 from hf_ternary.evaluation.tasks import local_tasks
 from tests.conftest import save_tiny_vit
@@ -95,6 +96,15 @@ def test_a_model_of_texts_is_refused(angles: SentenceTransformer, tmp_path: Path
     write_parquet(tmp_path / "a", "test", TEST)
     with pytest.raises(ValueError, match=r"supports \['text'\], but none overlap"):
         evaluate(CachedEncoder(angles), local_tasks(tmp_path), progress=False)
+
+
+def test_names_of_splits_are_names_like_any_other(tmp_path: Path) -> None:
+    for number, (image, _) in enumerate(TRAIN[:8]):
+        path = tmp_path / "a[1]" / ("train", "test")[number % 2] / ("bus", "train")[number // 4] / f"val-{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    tables = read_labelled_images(tmp_path / "a[1]", ("train", "test"))
+    assert {split: table["label"][:] for split, table in tables.items()} == {"train": [0, 0, 1, 1], "test": [0, 0, 1, 1]}
 
 
 def test_mtebs_protocol(model: SentenceTransformer, tmp_path: Path) -> None:
