@@ -32,7 +32,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ternary.distill.run import keep_freed_memory
 from hf_ternary.distill.trainer import claim, last_checkpoint
-from hf_ternary.evaluation.files import read_labelled_images
+from hf_ternary.evaluation.files import check_depth, read_labelled_images
 from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
 from options import parse
 
@@ -78,6 +78,7 @@ def train(options: VitArguments) -> dict[str, Any]:
     data = read_labelled_images(options.images, ("train", options.test_split))
     names = data["train"].features["label"].names
     processor = AutoImageProcessor.from_pretrained(options.model)
+    processor.do_convert_rgb = True  # ViT's own fails on an image that is grey or transparent
     checkpoint = last_checkpoint(output)
     model = AutoModelForImageClassification.from_pretrained(
         checkpoint or options.model,  # the trainer itself reads only weights whose names the model class has not changed
@@ -126,6 +127,8 @@ def prepared(images: Dataset, processor: Any, change: Callable[[Image.Image], Im
     """The images as the model reads them, ``pixel_values`` float32 [3, height, width], made anew each time one is read."""
 
     def transform(rows: dict[str, Any]) -> dict[str, Any]:
+        for image in rows["image"]:
+            check_depth(image)
         pixels = processor([change(image) for image in rows["image"]], return_tensors="pt")
         return {"pixel_values": pixels["pixel_values"], "labels": rows["label"]}
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..evaluation.files import check_depth
 from .data import Corpus, ask, identify, load, split_weight
 
 
@@ -39,30 +40,32 @@ def read_images(sources: Sequence[str], held_out: int, seed: int) -> Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One row of a table of images, decoded when it is asked for."""
+    """One row of a table of images as they are stored, decoded when it is asked for."""
 
     table: Any
     row: int
     source: str
 
     def decode(self) -> Any:
-        """A PIL image, in colour.
+        """A PIL image, upright, in the mode in which it is stored: the processor converts it, as it does at inference.
 
         Raises:
-            ValueError: it is missing or damaged.
+            ValueError: it is missing, damaged, or of more than 8 bits a channel.
         """
+        import datasets
+
+        stored = self.table[self.row]["image"]
+        if stored is None:
+            raise ValueError(f"{self} is missing. Fix: leave it out")
         try:
-            image = self.table[self.row]["image"]
+            image = datasets.Image().decode_example(stored)
         except Exception as error:  # Pillow raises a dozen types for a damaged file
             raise ValueError(f"{self} cannot be decoded: {error}. Fix: leave it out") from error
-        if image is None:
-            raise ValueError(f"{self} is missing. Fix: leave it out")
+        check_depth(image, str(self))
         return image
 
     def __str__(self) -> str:
-        import datasets
-
-        stored = self.table.cast_column("image", datasets.Image(decode=False))[self.row]["image"] or {}
+        stored = self.table[self.row]["image"] or {}
         return stored.get("path") or f"image {self.row} of {self.source}"
 
 
@@ -115,7 +118,7 @@ def _read_table(source: str) -> Any:
         raise ValueError(f'{source} has no column "image"; it has {", ".join(table.column_names)}')
     images = table.select_columns([name]).rename_columns({name: "image"})
     try:
-        return images.cast_column("image", datasets.Image(mode="RGB"))
+        return images.cast_column("image", datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:  # what pyarrow raises
         raise ValueError(f'{source} holds no images in its column "{name}": {error}') from error
 

@@ -109,8 +109,16 @@ def find_images(folder: Path, split: str) -> Path | None:
     return folder / split if any(path.is_dir() for path in classes) else None
 
 
+def check_depth(image: Any, name: str = "") -> None:
+    """Raises ValueError for a PIL image of more than 8 bits a channel, which in colour would be black and white; the error
+    calls it ``name``."""
+    if image.mode.startswith(("I", "F")):
+        name = name or getattr(image, "filename", "") or repr(image)
+        raise ValueError(f"{name} has more than 8 bits a channel (mode {image.mode}). Fix: convert it to 8 bits first")
+
+
 def read_labelled_images(source: str | Path, splits: Sequence[str]) -> "dict[str, Dataset]":
-    """Labelled images: for each split the columns `image` (a PIL image when it is read, in colour) and `label` (a class).
+    """Labelled images: for each split the columns `image` (when it is read, a PIL image of any mode) and `label` (a class).
 
     Args:
         source: a folder as :func:`find_images` knows it (labels of a parquet file are in `label`), or a `datasets` id with
@@ -143,7 +151,7 @@ def _read_split(source: Path, split: str) -> "Dataset":
         raise ValueError(f"{path or source} cannot be read as images: {error}") from error
     if missing := {"image", "label"} - set(table.column_names):
         raise ValueError(f"{path or source} lacks the column {min(missing)!r}; it has {', '.join(table.column_names)}")
-    return table.select_columns(["image", "label"]).cast_column("image", datasets.Image(mode="RGB"))
+    return table.select_columns(["image", "label"]).cast_column("image", datasets.Image())
 
 
 def _classes(table: "Dataset") -> list[str]:

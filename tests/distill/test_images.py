@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel
 from hf_ternary import TernaryConfig, save_pretrained
 from hf_ternary.distill import DistillArguments, distill, read_images
 from hf_ternary.distill.calibrate import compensate
+from hf_ternary.distill.images import ImageCollator, Images
 from hf_ternary.distill.student import Encoder, load_teacher, make_student, pack_student
 from tests.distill.test_trainer import KILL, log, weights
 
@@ -242,14 +243,14 @@ def encoded(image: Image.Image, path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_sources_give_colour_images_a_weight_is_a_number_of_passes(folder: Path, tmp_path: Path):
+def test_sources_give_images_a_weight_is_a_number_of_passes(folder: Path, tmp_path: Path):
     stored = [encoded(make_image(i, MODES[i % 3]), tmp_path / "a.png") for i in range(40)]
     plain = to_parquet(tmp_path / "plain.parquet", "image", stored)
     declared = to_parquet(tmp_path / "declared.parquet", "picture", stored, declared=True)
     corpus = read_images([f"{folder}=0.5", f"{plain}=2", declared], 9, seed=0)
     assert [(source["images"], source["weight"]) for source in corpus.sources] == [(120, 0.5), (40, 2), (40, 1)]
     assert (len(corpus.train), len(corpus.held_out)) == (round(117 * 0.5) + 2 * 37 + 37, 9)
-    assert {picture.decode().mode for picture in corpus.train} == {"RGB"}
+    assert {picture.decode().mode for picture in corpus.train} == set(MODES)
     assert not {str(picture) for picture in corpus.train} & {str(picture) for picture in corpus.held_out}
     assert [str(p) for p in read_images([plain], 4, seed=0).train] == [str(p) for p in read_images([plain], 4, seed=0).train]
 
@@ -286,6 +287,24 @@ def test_images_beside_the_splits_are_refused(tmp_path: Path):
 def test_an_image_of_one_pixel(teachers: Callable[[str], str], model_type: str, mode: str):
     teacher = load_teacher(teachers(model_type), modality="image")
     assert teacher.encode([Image.new(mode, (1, 1)), make_image(0)]).shape == (2, 32)
+
+
+def test_what_is_transparent_is_filled_as_at_inference(teachers: Callable[[str], str], tmp_path: Path):
+    image = make_image(0)
+    image.putalpha(128)
+    image.save(tmp_path / "half.png")
+    teacher = load_teacher(teachers("vit"), modality="image")
+    read = Images(read_images([str(tmp_path)], 0, seed=0).train, 17)
+    got = ImageCollator(teacher.processor, 17)([read[0]])["pixel_values"]
+    assert torch.equal(got, teacher[0].preprocess([Image.open(tmp_path / "half.png")])["pixel_values"])
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_an_image_of_more_than_8_bits_is_named(dtype: Any, tmp_path: Path):
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "deep.tiff")
+    (picture,) = read_images([str(tmp_path)], 0, seed=0).train
+    with pytest.raises(ValueError, match=r"deep\.tiff has more than 8 bits .* Fix: convert it to 8 bits first"):
+        picture.decode()
 
 
 def test_a_damaged_image_is_named(options: Options, tmp_path: Path):

@@ -12,11 +12,15 @@ import pytest
 pytest.importorskip("sentence_transformers", minversion="6")
 pytest.importorskip("mteb")
 
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from transformers import pipeline
+from transformers import AutoImageProcessor, pipeline
 
 import train_vit
+from hf_ternary.evaluation.files import read_labelled_images
 from tests.conftest import save_tiny_vit
 
 CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "vit" / "cifar10.yaml"
@@ -25,12 +29,16 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_vit(tmp_path_factory.mktemp("vit"))
+    path = save_tiny_vit(tmp_path_factory.mktemp("vit"))
+    processor = json.loads((path / "preprocessor_config.json").read_text())
+    del processor["do_convert_rgb"]  # as most ViTs have it
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return path
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 training and 8 test images, dark ones and bright ones, some grey."""
+    """32 training and 8 test images, dark ones and bright ones, some grey, one with an alpha channel."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number in range(40):
@@ -38,7 +46,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shape = (17, 20, 3) if number % 3 else (17, 20)
         path = folder / ("train" if number < 32 else "test") / name / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(low, low + 100, shape, dtype=np.uint8)).save(path)
+        image = Image.fromarray(rng.integers(low, low + 100, shape, dtype=np.uint8))
+        if number == 1:
+            image.putalpha(255)
+        image.save(path)
     return folder
 
 
@@ -67,7 +78,9 @@ def test_it_learns_and_leaves_an_encoder(run: Run, tmp_path: Path, images: Path)
     assert classify(image)[0]["label"] == "dark"
     encoder = SentenceTransformer(str(tmp_path / "run" / "model"), device="cpu")
     assert encoder[1].pooling_mode == "cls"
-    assert encoder.encode([Image.open(image).convert("RGB")]).shape == (1, 32)
+    transparent = Image.open(image).convert("RGBA")
+    transparent.putalpha(128)
+    assert encoder.encode([Image.open(image), transparent]).shape == (2, 32)
 
 
 def test_a_stopped_run_goes_on(run: Run, tmp_path: Path) -> None:
@@ -79,6 +92,24 @@ def test_a_stopped_run_goes_on(run: Run, tmp_path: Path) -> None:
     assert run("--num_train_epochs", 2)["training"]["steps"] == 8
     assert first.stat().st_mtime_ns == before
     assert last.read_bytes() == (tmp_path / "gone" / "model.safetensors").read_bytes()
+
+
+def test_what_is_transparent_is_filled_as_at_inference(model: Path, tmp_path: Path) -> None:
+    image = Image.new("RGBA", (16, 16), (200, 0, 0, 128))
+    for path in (tmp_path / split / name / "1.png" for split in ("train", "test") for name in "ab"):
+        path.parent.mkdir(parents=True)
+        image.save(path)
+    processor = AutoImageProcessor.from_pretrained(model, do_convert_rgb=True)
+    images = train_vit.prepared(read_labelled_images(tmp_path, ("train",))["train"], processor)
+    assert torch.equal(images[0]["pixel_values"], processor(image, return_tensors="pt")["pixel_values"][0])
+
+
+def test_an_image_of_more_than_8_bits_is_refused() -> None:
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    deep = Image.fromarray(np.ones((4, 4), np.uint16))
+    images = train_vit.prepared(Dataset.from_dict({"image": [deep], "label": [0]}, features), None)
+    with pytest.raises(ValueError, match=r"more than 8 bits a channel \(mode I;16\)\. Fix: convert it"):
+        images[0]
 
 
 def test_crops_keep_most_of_the_image() -> None:
