@@ -13,6 +13,8 @@ from rich.progress import track
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
+from .files import check_depth
+
 Key = tuple[str | None, str | None, str]  # prompt type, prompt name, text or digest of an image
 
 
@@ -47,7 +49,8 @@ class CachedEncoder(SentenceTransformerEncoderWrapper):
         """Embeddings of the texts or images, float32 [inputs, dimensions].
 
         Raises:
-            ValueError: an embedding has a NaN or an infinity, or the task has inputs of several kinds.
+            ValueError: an embedding has a NaN or an infinity, an image more than 8 bits a channel, or the task inputs of
+                several kinds.
         """
         match task_metadata.modalities:
             case ["text"]:
@@ -72,12 +75,16 @@ class CachedEncoder(SentenceTransformerEncoderWrapper):
 
     def _encode_images(self, batches: Any, batch_size: int, progress: bool) -> list[Key]:
         """Batch after batch, as images would fill the memory."""
+        processor = getattr(self.model, "processor", None)
+        converts = getattr(getattr(processor, "image_processor", processor), "do_convert_rgb", None)
         keys: list[Key] = []
         for batch in track(batches, "embedding images", disable=not progress, transient=True):
-            images = {_image_key(image): image for image in batch["image"]}
-            keys += [_image_key(image) for image in batch["image"]]
+            found = [_image_key(image) for image in batch["image"]]
+            images = dict(zip(found, batch["image"], strict=True))
+            keys += found
             if missing := [key for key in images if key not in self._cache]:
-                pictures: Any = [images[key].convert("RGB") for key in missing]
+                # What is transparent is the processor's to fill.
+                pictures: Any = [images[key] if converts else images[key].convert("RGB") for key in missing]
                 vectors = self.model.encode(pictures, batch_size=batch_size, show_progress_bar=False)
                 self._cache.update(zip(missing, _finite(vectors, pictures), strict=True))
         return keys
@@ -88,7 +95,9 @@ class CachedEncoder(SentenceTransformerEncoderWrapper):
 
 
 def _image_key(image: Any) -> Key:
-    return None, None, f"{image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+    check_depth(image)
+    # Converted, as the bytes of two images with palettes of their own may be the same.
+    return None, None, f"{image.size} {hashlib.sha256(image.convert('RGBA').tobytes()).hexdigest()}"
 
 
 def _finite(vectors: Any, inputs: list[Any]) -> NDArray[np.float32]:

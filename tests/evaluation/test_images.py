@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,37 @@ def test_each_image_is_encoded_once(model: SentenceTransformer, tmp_path: Path, 
     assert len(encoded) == len(TRAIN) + len(TEST)
     wanted = encode([image for image, _ in TEST])
     np.testing.assert_allclose(encoder.embeddings("a-linear"), wanted, atol=1e-5)
+
+
+def embed(model: SentenceTransformer, images: list[Image.Image]) -> Any:
+    task = SimpleNamespace(name="colours", modalities=["image"], eval_splits=["test"])
+    options = {"task_metadata": task, "hf_split": "test", "batch_size": 8, "show_progress_bar": False}
+    return CachedEncoder(model).encode([{"image": images}], **options)
+
+
+def test_palettes_and_transparency_tell_images_apart_as_at_inference(model: SentenceTransformer) -> None:
+    indices = np.random.default_rng(0).integers(0, 4, (16, 16), dtype=np.uint8)
+    one, other = Image.fromarray(indices).convert("P"), Image.fromarray(indices).convert("P")
+    one.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+    other.putpalette([0, 0, 0, 0, 0, 255, 255, 255, 0, 90, 90, 90])
+    half = one.convert("RGB")
+    half.putalpha(128)
+    images = [one, other, half, half.convert("RGB")]
+    got = embed(model, images)
+    np.testing.assert_allclose(got, np.concatenate([model.encode([image]) for image in images]), atol=1e-5)
+    assert not np.allclose(got[0], got[1], atol=1e-3)
+
+
+def test_what_a_processor_does_not_convert_is_converted(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = Image.new("L", (16, 16), 99)
+    wanted = model.encode([grey.convert("RGB")])
+    monkeypatch.setattr(model.processor, "do_convert_rgb", None)
+    np.testing.assert_array_equal(embed(model, [grey]), wanted)
+
+
+def test_an_image_of_more_than_8_bits_is_refused(model: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match=r"more than 8 bits a channel \(mode I;16\)\. Fix"):
+        embed(model, [Image.fromarray(np.ones((16, 16), np.uint16))])
 
 
 def test_a_model_of_texts_is_refused(angles: SentenceTransformer, tmp_path: Path) -> None:
