@@ -1,6 +1,7 @@
 """Unlabelled images: reading, and pixels as the teacher's processor makes them."""
 
 import glob
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ def read_images(sources: Sequence[str], held_out: int, seed: int) -> Corpus:
         pictures = [Picture(table, row, name) for row in range(len(table))]
         corpus.add(pictures, weight, -(-held_out // len(sources)), np.random.default_rng([seed, number]))
         corpus.sources.append({**identify(name), "images": len(table), "weight": weight})
+    if unseen := {picture.digest() for picture in corpus.held_out}:  # the same picture may lie in several places
+        corpus.train = [picture for picture in corpus.train if picture.digest() not in unseen]
     corpus.check("images", sources, held_out)
     return corpus
 
@@ -63,6 +66,15 @@ class Picture:
             raise ValueError(f"{self} cannot be decoded: {error}. Fix: leave it out") from error
         check_depth(image, str(self))
         return image
+
+    def digest(self) -> bytes:
+        """SHA-256 of its file; of where it lies, if that is no file of its own."""
+        stored = self.table[self.row]["image"] or {}
+        path = Path(stored.get("path") or "")
+        content = stored.get("bytes")
+        if content is None:
+            content = path.read_bytes() if path.is_file() else str(path).encode()
+        return hashlib.sha256(content).digest()
 
     def __str__(self) -> str:
         stored = self.table[self.row]["image"] or {}

@@ -1,9 +1,11 @@
 """Image encoders distil by the code for text: what differs is read, pooled, saved and refused as it should be."""
 
+import hashlib
 import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,15 +246,27 @@ def encoded(image: Image.Image, path: Path) -> bytes:
 
 
 def test_sources_give_images_a_weight_is_a_number_of_passes(folder: Path, tmp_path: Path):
-    stored = [encoded(make_image(i, MODES[i % 3]), tmp_path / "a.png") for i in range(40)]
-    plain = to_parquet(tmp_path / "plain.parquet", "image", stored)
-    declared = to_parquet(tmp_path / "declared.parquet", "picture", stored, declared=True)
+    stored = [encoded(make_image(200 + i, MODES[i % 3]), tmp_path / "a.png") for i in range(80)]
+    plain = to_parquet(tmp_path / "plain.parquet", "image", stored[:40])
+    declared = to_parquet(tmp_path / "declared.parquet", "picture", stored[40:], declared=True)
     corpus = read_images([f"{folder}=0.5", f"{plain}=2", declared], 9, seed=0)
     assert [(source["images"], source["weight"]) for source in corpus.sources] == [(120, 0.5), (40, 2), (40, 1)]
     assert (len(corpus.train), len(corpus.held_out)) == (round(117 * 0.5) + 2 * 37 + 37, 9)
     assert {picture.decode().mode for picture in corpus.train} == set(MODES)
     assert not {str(picture) for picture in corpus.train} & {str(picture) for picture in corpus.held_out}
     assert [str(p) for p in read_images([plain], 4, seed=0).train] == [str(p) for p in read_images([plain], 4, seed=0).train]
+
+
+def test_what_is_held_out_is_not_trained_on_whatever_its_name(tmp_path: Path):
+    images = save_images(tmp_path / "images", [f"{i}.png" for i in range(20)])
+    stored = [Path(images, f"{i}.png").read_bytes() for i in range(20)]
+    again = to_parquet(tmp_path / "again.parquet", "image", stored * 2)
+    corpus = read_images([images, f"{again}=2"], 4, seed=0)
+    unseen = {picture.digest() for picture in corpus.held_out}
+    assert 2 < len(unseen) <= 4
+    counts = Counter(picture.digest() for picture in corpus.train)
+    assert not counts.keys() & unseen
+    assert counts == dict.fromkeys({hashlib.sha256(image).digest() for image in stored} - unseen, 5)
 
 
 def save_images(root: Path, names: list[str]) -> str:
