@@ -3,8 +3,8 @@
     python recipes/train_vit.py --config recipes/configs/vit/cifar10.yaml [--any_field value ...]
 
 A flag overrides the yaml file. Run it again after a stop: it goes on from the last checkpoint in output_dir. In the end
-`output_dir` holds the classifier, `output_dir/model` its encoder as a SentenceTransformer (an image's embedding is its class
-token), and `output_dir/summary.json` the accuracy on the test images.
+`output_dir` holds the classifier, `output_dir/model` its encoder as a SentenceTransformer (an image's embedding is what the
+classifier reads: its class token, or the mean of all), and `output_dir/summary.json` the accuracy on the test images.
 """
 
 import logging
@@ -20,6 +20,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     DefaultDataCollator,
@@ -31,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ternary.distill.run import keep_freed_memory
+from hf_ternary.distill.student import pooling_mode
 from hf_ternary.distill.trainer import claim, last_checkpoint
 from hf_ternary.evaluation.files import check_depth, read_labelled_images
 from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
@@ -79,6 +81,7 @@ def train(options: VitArguments) -> dict[str, Any]:
     names = data["train"].features["label"].names
     processor = AutoImageProcessor.from_pretrained(options.model)
     processor.do_convert_rgb = True  # ViT's own fails on an image that is grey or transparent
+    check_encoder(options.model)
     checkpoint = last_checkpoint(output)
     model = AutoModelForImageClassification.from_pretrained(
         checkpoint or options.model,  # the trainer itself reads only weights whose names the model class has not changed
@@ -123,6 +126,16 @@ def train(options: VitArguments) -> dict[str, Any]:
     return summary
 
 
+def check_encoder(model: str) -> None:
+    """Raises ValueError for a model of which no encoder of one width can be kept."""
+    config = AutoConfig.from_pretrained(model)
+    if not hasattr(config, "hidden_size"):
+        raise ValueError(
+            f"model {model} is a {config.model_type}, which has no one hidden_size: CLIP and SigLIP are two encoders, and "
+            "convolutions have many widths. Fix: give one encoder of images, such as a ViT, DINOv2, BEiT or Swin"
+        )
+
+
 def prepared(images: Dataset, processor: Any, change: Callable[[Image.Image], Image.Image] = lambda image: image) -> Dataset:
     """The images as the model reads them, ``pixel_values`` float32 [3, height, width], made anew each time one is read."""
 
@@ -149,9 +162,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def as_encoder(classifier: Path) -> SentenceTransformer:
-    """The classifier without its head; an image's embedding is the class token of the last layer."""
+    """The classifier without its head; an image's embedding is the class token of the last layer, or the mean of all."""
     transformer = Transformer(str(classifier))
-    pooling = Pooling(transformer.model.config.hidden_size, "cls")
+    pooling = Pooling(transformer.model.config.hidden_size, pooling_mode(transformer.model))
     return SentenceTransformer(modules=[transformer, pooling], device="cpu")
 
 

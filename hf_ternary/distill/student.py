@@ -24,8 +24,8 @@ POOLED = ("clip_vision_model", "siglip_vision_model")
 def load_teacher(name: str | Path, max_length: int | None = None, modality: str = "text") -> SentenceTransformer:
     """A float32 teacher of texts or images (``modality`` "image") from any sentence-transformers or transformers encoder.
 
-    A transformers model of texts gets mean pooling; one of images its pooler's output (CLIP, SigLIP) or its class token
-    (ViT, DINOv2), and mean pooling if it has none.
+    A transformers model of texts gets mean pooling; one of images its pooler's output (CLIP, SigLIP) or what
+    :func:`pooling_mode` says.
 
     Raises:
         ValueError: it is ternary already, has no transformer, does not embed ``modality``, or ``max_length`` exceeds its
@@ -77,8 +77,15 @@ def _choose_pooling(teacher: SentenceTransformer) -> None:
         module.module_output_name = "sentence_embedding"
         transformer.config.projection_dim = transformer.config.hidden_size  # CLIP's projection is no part of this model
         del teacher[1]
-    elif any(name.endswith("cls_token") for name, _ in transformer.named_parameters()):
-        pooling.pooling_mode = "cls"
+    else:
+        pooling.pooling_mode = pooling_mode(transformer)
+
+
+def pooling_mode(transformer: PreTrainedModel) -> str:
+    """How a vision model's own head pools: "cls" if it reads a class token (ViT, DINOv2), "mean" if it averages (BEiT) or
+    there is no such token (Swin, I-JEPA)."""
+    has_token = any(name.endswith("cls_token") for name, _ in transformer.named_parameters())
+    return "cls" if has_token and not getattr(transformer.config, "use_mean_pooling", False) else "mean"
 
 
 def transformer_of(model: SentenceTransformer) -> PreTrainedModel:

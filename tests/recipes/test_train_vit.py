@@ -1,6 +1,7 @@
 """The classifier recipe: it learns, goes on after a stop to the same bits, and leaves an encoder that can be distilled."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,23 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from transformers import AutoImageProcessor, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BeitConfig,
+    CLIPConfig,
+    ResNetConfig,
+    SiglipConfig,
+    SwinConfig,
+    pipeline,
+)
 
 import train_vit
 from hf_ternary.evaluation.files import read_labelled_images
 from tests.conftest import save_tiny_vit
 
 CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "vit" / "cifar10.yaml"
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 Run = Callable[..., dict[str, Any]]
 
 
@@ -81,6 +92,33 @@ def test_it_learns_and_leaves_an_encoder(run: Run, tmp_path: Path, images: Path)
     transparent = Image.open(image).convert("RGBA")
     transparent.putalpha(128)
     assert encoder.encode([Image.open(image), transparent]).shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [
+        (SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2), "mean"),
+        (BeitConfig(image_size=16, patch_size=4, **SIZES, use_mean_pooling=True), "mean"),
+        (BeitConfig(image_size=16, patch_size=4, **SIZES, use_mean_pooling=False), "cls"),
+    ],
+    ids=["swin", "beit", "beit of a class token"],
+)
+def test_the_encoder_pools_as_the_classifier(config: Any, mode: str, model: Path, tmp_path: Path) -> None:
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    shutil.copy(model / "preprocessor_config.json", tmp_path)
+    encoder = train_vit.as_encoder(tmp_path)
+    assert encoder[1].pooling_mode == mode
+    assert encoder.encode([Image.new("RGB", (16, 16))]).shape == (1, config.hidden_size)
+
+
+@pytest.mark.parametrize("config", [CLIPConfig(), SiglipConfig(), ResNetConfig()], ids=["clip", "siglip", "resnet"])
+def test_what_is_no_encoder_of_one_width_is_refused_before_training(
+    config: Any, run: Run, model: Path, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path / "model")
+    shutil.copy(model / "preprocessor_config.json", tmp_path / "model")
+    with pytest.raises(SystemExit, match=f"error: model .* is a {config.model_type}, .* Fix: give one encoder of images"):
+        run("--model", tmp_path / "model")
 
 
 def test_a_stopped_run_goes_on(run: Run, tmp_path: Path) -> None:
