@@ -18,7 +18,7 @@ from ..config import QUANT_METHOD, TernaryConfig
 from ..modules import FakeTernaryLinear, TernaryLinear, TiedEmbedding
 
 # Vision models whose embedding of an image is what their pooler makes of it.
-POOLED = ("clip_vision_model", "siglip_vision_model")
+POOLED = ("chinese_clip_vision_model", "clip_vision_model", "mlcd_vision_model", "siglip_vision_model")
 
 
 def load_teacher(name: str | Path, max_length: int | None = None, modality: str = "text") -> SentenceTransformer:
