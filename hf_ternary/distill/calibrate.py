@@ -167,7 +167,8 @@ def _in_order(student: Encoder, batch: dict[str, Any]) -> tuple[list[list[str]],
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            if args[0].ndim != 3 or name in outputs:  # a pooler, or a shared layer's second use
+            # A pooler, which may see one token of its own (SigLIP's), or a shared layer's second use.
+            if args[0].shape[:-1] != batch["attention_mask"].shape or name in outputs:
                 return
             outputs[name] = output
             if groups and groups[-1][0] is args[0]:

@@ -198,7 +198,13 @@ class DistillTrainer(Trainer):
         """Mean square of the teacher's hidden states, layer by layer, over the first batch of the plan."""
         batch = self._batch(self.train_data, self.batches.batches[0][:64])
         mask = batch["attention_mask"].bool()
-        return [hidden[mask].float().square().mean().item() for hidden in self.teacher(**batch)["hidden"]]
+        states = self.teacher(**batch)["hidden"]
+        if odd := [tuple(hidden.shape) for hidden in states if hidden.shape[:2] != mask.shape]:
+            raise ValueError(
+                f"the teacher has hidden states of shape {odd[0]}, but {mask.shape[1]} tokens an input. Fix: use a teacher "
+                "whose layers all have the same tokens, such as ViT, DINOv2 or CLIP (not Swin or convolutions)"
+            )
+        return [hidden[mask].float().square().mean().item() for hidden in states]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the trainer's; what cannot be written whole is removed.

@@ -22,18 +22,23 @@ pytest.importorskip("datasets", reason='reading images needs datasets: pip insta
 import datasets
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, SwinConfig
 
 from hf_ternary import TernaryConfig, save_pretrained
 from hf_ternary.distill import DistillArguments, distill, read_images
 from hf_ternary.distill.calibrate import compensate
 from hf_ternary.distill.images import ImageCollator, Images
-from hf_ternary.distill.student import Encoder, load_teacher, make_student, pack_student
+from hf_ternary.distill.student import Encoder, load_teacher, make_student, pack_student, ternary_layers, transformer_of
 from tests.distill.test_trainer import KILL, log, weights
 
 Options = Callable[..., dict[str, Any]]
 
-PROCESSORS = {"vit": "ViTImageProcessor", "dinov2": "BitImageProcessor", "clip_vision_model": "CLIPImageProcessor"}
+PROCESSORS = {
+    "vit": "ViTImageProcessor",
+    "dinov2": "BitImageProcessor",
+    "clip_vision_model": "CLIPImageProcessor",
+    "siglip_vision_model": "SiglipImageProcessor",
+}
 MODELS = list(PROCESSORS)
 MODES = ["RGB", "L", "RGBA", "CMYK", "P"]
 
@@ -68,9 +73,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def save_processor(path: Path, name: str) -> None:
+    """An image processor that makes images of 16 pixels."""
+    size = {"height": 16, "width": 16}
+    processor = {"image_processor_type": name, "size": size, "crop_size": size}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Folder of a tiny random model of a type, for images of 16 pixels (17 tokens), with its processor."""
+    """Folder of a tiny random model of a type, for images of 16 pixels (17 tokens at most), with its processor."""
     root = tmp_path_factory.mktemp("teachers")
 
     def make(model_type: str) -> str:
@@ -81,17 +93,11 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
         config = AutoConfig.for_model(model_type, image_size=16, patch_size=4, **sizes)
         model = AutoModel.from_config(config)
-        for parameter in model.parameters():  # as they are, the layers hardly change the embeddings
-            if parameter.ndim == 2:
+        for parameter in model.parameters():  # as they are, the layers hardly change the embeddings; but SigLIP's are large
+            if parameter.ndim == 2 and model_type != "siglip_vision_model":
                 parameter.data *= 10
         model.save_pretrained(path)
-        size = {"height": 16, "width": 16}
-        processor = {
-            "image_processor_type": PROCESSORS.get(model_type, "ViTImageProcessor"),
-            "size": size,
-            "crop_size": size,
-        }
-        (path / "preprocessor_config.json").write_text(json.dumps(processor))
+        save_processor(path, PROCESSORS.get(model_type, "ViTImageProcessor"))
         return str(path)
 
     return make
@@ -122,10 +128,10 @@ def options(teachers: Callable[[str], str], folder: Path, tmp_path: Path) -> Opt
 
 def pixels(model: SentenceTransformer, count: int = 5) -> dict[str, torch.Tensor]:
     images = [make_image(i) for i in range(count)]
-    return {
-        "pixel_values": model.processor(images=images, return_tensors="pt")["pixel_values"],
-        "attention_mask": torch.ones(count, 17, dtype=torch.int64),
-    }
+    values = model.processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        tokens = transformer_of(model)(values).last_hidden_state.shape[1]
+    return {"pixel_values": values, "attention_mask": torch.ones(count, tokens, dtype=torch.int64)}
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -144,16 +150,16 @@ def test_packed_and_reloaded_equals_the_training_forward(teachers: Callable[[str
     got = loaded.encode(images, convert_to_tensor=True)
     assert F.cosine_similarity(got, wanted["embedding"]).min() > 0.998  # a native encoder has its own softmax and GELU
     plain = AutoModel.from_pretrained(tmp_path / "model")
-    states = plain(batch["pixel_values"]).last_hidden_state.detach()  # module by module, as gradients are on
-    torch.testing.assert_close(states, wanted["hidden"][-1], atol=1e-5, rtol=1e-5)
+    output = plain(batch["pixel_values"], output_hidden_states=True)  # module by module, as gradients are on
+    # SigLIP's last hidden state is normalised; the losses compare what its last layer returns, as CLIP's.
+    states = output.hidden_states[-1] if model_type == "siglip_vision_model" else output.last_hidden_state
+    torch.testing.assert_close(states.detach(), wanted["hidden"][-1], atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         got = Encoder(loaded)(**batch)["embedding"]
     torch.testing.assert_close(got, wanted["embedding"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "model_type", [*MODELS, "siglip_vision_model", "chinese_clip_vision_model", "mlcd_vision_model", "ijepa", "beit"]
-)
+@pytest.mark.parametrize("model_type", [*MODELS, "chinese_clip_vision_model", "mlcd_vision_model", "ijepa", "beit"])
 def test_a_plain_model_is_pooled_as_it_was_made_to_be(teachers: Callable[[str], str], model_type: str):
     teacher = load_teacher(teachers(model_type), modality="image")
     batch = pixels(teacher)
@@ -230,6 +236,24 @@ def test_compensated_student_starts_closer_to_its_teacher(teachers: Callable[[st
     before = fidelity()
     compensate(*encoders, batches[:-1])
     assert 1 - fidelity() < 0.8 * (1 - before)
+
+
+def test_a_layer_that_sees_another_token_is_not_compensated(teachers: Callable[[str], str]):
+    teacher = load_teacher(teachers("siglip_vision_model"), modality="image")
+    student = Encoder(make_student(teacher, TernaryConfig(modules_to_not_convert=[])))
+    before = {name: layer.weight.clone() for name, layer in ternary_layers(student).items()}
+    compensate(student, Encoder(teacher), [pixels(teacher, 32)])
+    same = {name for name, layer in ternary_layers(student).items() if torch.equal(layer.weight, before[name])}
+    assert same == {name for name in before if ".head." in name}
+    assert 0 < len(same) < len(before)
+
+
+def test_layers_of_other_tokens_are_refused(options: Options, tmp_path: Path):
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "swin")
+    save_processor(tmp_path / "swin", "ViTImageProcessor")
+    with pytest.raises(ValueError, match=r"hidden states of shape \(\d+, 64, 8\), but 16 tokens .* Fix: use a teacher"):
+        distill(DistillArguments(**options(teacher=str(tmp_path / "swin"), batch_tokens=16 * 16)))
 
 
 def to_parquet(path: Path, column: str, values: list[Any], declared: bool = False) -> str:
