@@ -26,7 +26,7 @@ _SENTENCE_TRANSFORMERS = {
     "CrossEncoder": ("text-ranking", 'scores = model.predict([("A question?", "An answer.")])'),
     "SparseEncoder": ("feature-extraction", 'embeddings = model.encode(["A sentence.", "Another one."])'),
 }
-_IMAGES = 'embeddings = model.encode([Image.open("one.jpg"), Image.open("another.jpg")])'
+_IMAGES = 'embeddings = model.encode(["one.jpg", "another.jpg"])'  # paths: of these a photograph is turned upright
 _TASKS = {
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
@@ -140,11 +140,8 @@ def _task(sentence_class: str | None, architecture: str, of_images: bool) -> str
 
 
 def _snippet(name: str | None, architecture: str, of_images: bool) -> str:
-    if name and of_images:
-        imports = f"from PIL import Image\nfrom sentence_transformers import {name}"
-        return f'{imports}\n\nmodel = {name}("{PLACEHOLDER}")\n{_IMAGES}'
     if name:
-        use = _SENTENCE_TRANSFORMERS.get(name, ("", ""))[1]
+        use = _IMAGES if of_images else _SENTENCE_TRANSFORMERS.get(name, ("", ""))[1]
         return f'from sentence_transformers import {name}\n\nmodel = {name}("{PLACEHOLDER}")\n{use}'.rstrip()
     return f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained("{PLACEHOLDER}")'
 

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from huggingface_hub import ModelCard
@@ -12,7 +13,9 @@ from hf_ternary.hub import save_pretrained
 from hf_ternary.info import read_info
 from hf_ternary.model_card import PLACEHOLDER, create, set_repo_id
 
-from .conftest import save_tiny_bert
+from .conftest import save_tiny_bert, save_tiny_vit
+
+ORIENTATION = 0x0112  # Exif's tag
 
 
 def quantized(source: Path, target: Path, model_class: str = "BertModel", **options: Any) -> Path:
@@ -210,6 +213,28 @@ def test_task_and_example_of_sentence_transformers(
     assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", tag)
     example = card.text.split("```python\n")[1].split("```")[0].replace(PLACEHOLDER, str(folder))
     exec(example, {})
+
+
+def test_the_example_of_images_turns_photographs_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sentence_transformers", minversion="6", reason="images need sentence-transformers 6")
+    image = pytest.importorskip("PIL.Image", reason="images need Pillow")
+    from sentence_transformers import SentenceTransformer
+
+    options = {"quantization_config": TernaryConfig()}
+    model = SentenceTransformer(str(save_tiny_vit(tmp_path / "vit")), device="cpu", model_kwargs=options)
+    folder = save_pretrained(model, tmp_path / "packed")
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    turned = image.Exif()
+    turned[ORIENTATION] = 6  # taken with the camera on its side
+    image.fromarray(pixels).save("one.jpg")
+    image.fromarray(pixels).save("another.jpg", exif=turned)
+    example = ModelCard.load(folder / "README.md").text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(example.replace(PLACEHOLDER, str(folder)), names)
+    upright = [image.open("one.jpg"), image.open("another.jpg").transpose(image.Transpose.ROTATE_270)]
+    np.testing.assert_allclose(names["embeddings"], model.encode(upright), atol=5e-3)
+    assert not np.allclose(*names["embeddings"], atol=0.05)
 
 
 def test_set_repo_id(folder: Path) -> None:
