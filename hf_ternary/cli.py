@@ -72,7 +72,7 @@ def _main(
     epilog=_examples(
         "quantize sentence-transformers/all-MiniLM-L6-v2 minilm-ternary --texts my_texts.jsonl",
         "quantize ./bge-large bge-large-ternary --group-size 64 --embedding-bits 8",
-        "quantize ./vit vit-ternary --modules-to-not-convert layer.0 --modules-to-not-convert '*.query'",
+        "quantize ./vit vit-ternary --modules-to-not-convert '*layer*.0.*' --modules-to-not-convert '*.q*'",
     )
 )
 def quantize(

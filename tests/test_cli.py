@@ -4,6 +4,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.util import pairwise_cos_sim
 from transformers import BertForMaskedLM
+from typer.main import get_command
 
 import hf_ternary
 from hf_ternary import cli
@@ -25,7 +28,7 @@ from hf_ternary.__main__ import main
 from hf_ternary.hub import save_pretrained
 from hf_ternary.info import read_info
 
-from .conftest import SENTENCES, VOCAB_SIZE, save_tiny_bert
+from .conftest import SENTENCES, VOCAB_SIZE, save_tiny_bert, save_tiny_vit
 from .hub_server import TOKEN, HubServer
 
 COMMANDS = ["quantize", "info", "encode", "bench", "push"]
@@ -101,6 +104,18 @@ def test_quantize_converts_poolers_too_if_no_module_is_kept(
     result = run("quantize", tiny_sentence_transformer, tmp_path / "out", "--modules-to-not-convert", "none")
     assert result.status == 0
     assert "13 ternary layers" in result.out
+
+
+def test_the_example_of_modules_fits_a_vit(run: Run, tmp_path: Path) -> None:
+    """With every supported version of transformers: `make test-oldest`. Their modules have other names."""
+    command: Any = get_command(cli.app)
+    example = re.search(r"quantize \./vit vit-ternary (.*)\[/cyan\]", command.commands["quantize"].epilog)
+    assert example
+    result = run("quantize", save_tiny_vit(tmp_path / "vit"), tmp_path / "vit-ternary", *shlex.split(example[1]))
+    assert result.status == 0, result.err
+    names = [layer.name for layer in read_info(tmp_path / "vit-ternary").layers]
+    assert len(names) == 6  # the pooler, and of the second block all but the query
+    assert not any(re.search(r"\.0\.|\.q", name) for name in names)
 
 
 def test_quantize_half_precision_weights(run: Run, tmp_path: Path) -> None:
