@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,12 @@ def make(folder: Path, model_type: str = "bert", ternary: TernaryConfig | None =
     from transformers import AutoModel
 
     torch.manual_seed(0)
-    AutoModel.from_config(tiny_config(model_type, **options)).save_pretrained(folder)
+    model = AutoModel.from_config(tiny_config(model_type, **options))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # biases are all 0, and norms all alike: one left out, or in another's place, would not show
+            spread = torch.rand_like(parameter) + 0.5
+            parameter.data = parameter.data * spread if parameter.any() else 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
     return AutoModel.from_pretrained(folder, quantization_config=ternary or TernaryConfig()).eval()
 
 
@@ -141,6 +147,22 @@ def test_equals_the_module_wise_path(model_type: str, tmp_path: Path):
 def test_images_equal_the_module_wise_path(model_type: str, tmp_path: Path):
     model = make(tmp_path, model_type)
     for inputs in images(1), images(5):
+        assert_same_embeddings(model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"), [("bert", "norms"), ("vit", "norms"), ("dinov2", "norms"), ("dinov2", "scales")]
+)
+def test_vectors_in_each_others_place_would_show(
+    model_type: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make(tmp_path, model_type)
+    inputs = images(2) if model_type in VISION else batch([3, 20])
+    family = bound(model).hf_ternary_base.__name__
+    swapped = tuple(replace(way, **{name: getattr(way, name)[::-1]}) for way in architectures.ARCHITECTURES[family])
+    monkeypatch.setitem(architectures.ARCHITECTURES, family, swapped)
+    native(model, inputs)
+    with pytest.raises(AssertionError):
         assert_same_embeddings(model, inputs)
 
 
