@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,32 @@ def test_neon(tmp_path: Path) -> None:
     assert EMULATOR, "make neon-tools"
     options = ["-march=armv8.2-a+dotprod", "-static"]
     assert check_kernels(CROSS_COMPILER, tmp_path, options, [EMULATOR]) == ["neon", "scalar"]
+
+
+# Enough of nanobind for CMakeLists.txt to be configured.
+NANOBIND = {
+    "__init__.py": "",
+    "__main__.py": "import pathlib; print(pathlib.Path(__file__).parent)",
+    "nanobind-config.cmake": "macro(nanobind_add_module name)\n  add_library(${name} STATIC kernel_scalar.cpp)\nendmacro()",
+}
+# An assembler of binutils before 2.36.
+OLD_ASSEMBLER = '#!/bin/sh\nfor file; do :; done\n! grep -q \'{vex}\' "$file" && exec as "$@"'
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not COMPILER or not shutil.which("cmake"), reason="needs an x86-64 machine with CMake"
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_kernel_that_cannot_be_assembled_is_left_out(old: bool, tmp_path: Path) -> None:
+    for name, content in {**{f"nanobind/{name}": text for name, text in NANOBIND.items()}, "bin/as": OLD_ASSEMBLER}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "bin" / "as").chmod(0o755)
+    command = ["cmake", "-S", SOURCES, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
+    flags = [f"-DCMAKE_CXX_COMPILER={COMPILER}", f"-DCMAKE_CXX_FLAGS={f'-B{tmp_path}/bin/' if old else ''}"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    warnings = " ".join(done.stderr.split())
+    assert ("kernel_avxvnni.cpp: the compiler or its assembler does not know" in warnings) == old
+    assert warnings.count("this kernel is left out") == old
