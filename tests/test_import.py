@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 
@@ -40,6 +41,10 @@ def test_config_needs_neither_torch_nor_transformers():
     method, backend = run(code).split()
     assert method == "ternary"
     assert backend
+
+
+def test_type_checkers_read_its_annotations():
+    assert files("hf_ternary").joinpath("py.typed").is_file()
 
 
 def test_public_names_exist_and_no_others():
