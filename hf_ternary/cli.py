@@ -96,6 +96,9 @@ def quantize(
         int,
         typer.Option(min=1, help="Of more texts, this many are drawn; more take longer and fit better."),
     ] = 1000,
+    device: Annotated[
+        str | None, typer.Option(help="Device for --texts, such as cpu or cuda. (default: the best there is)")
+    ] = None,
 ) -> None:
     """Turn a model's weights into packed ternary ones, without training.
 
@@ -119,6 +122,7 @@ def quantize(
         folder = model_folder(src, ["*.json"])
         if is_ternary(folder):
             raise ValueError(f"{src} is ternary already. Fix: give a full-precision model")
+        _check_device(device)
         if folder.resolve() == dst.expanduser().resolve():
             raise ValueError(f"{dst} is the model to quantize. Fix: give another folder as DST")
         check_target(dst)
@@ -127,7 +131,7 @@ def quantize(
             raise ValueError(f"{src} is no SentenceTransformer ({kind or 'plain transformers'}). Fix: leave out --texts")
     unseen: list[str] = []
     if texts is not None:
-        model, unseen = _calibrate(src, texts, max_texts, config)
+        model, unseen = _calibrate(src, texts, max_texts, config, device)
     else:
         with err.status(f"Ternarizing {src}"):
             model = _load(src, config)
@@ -138,7 +142,7 @@ def quantize(
     _say(f"{dst}: {linears} ternary layers, {info.zeros:.1%} zeros, {_size(info)}")
     if unseen:
         with err.status("Comparing"):
-            cosine = _agreement(model, src, unseen)
+            cosine = _agreement(model, src, unseen, device)
         _say(f"Mean cosine to {src} on {len(unseen)} texts that were set aside: {cosine:.3f}")
 
 
@@ -334,7 +338,7 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"--device {device} cannot be used here. Fix: use one of {', '.join(known)}") from error
 
 
-def _calibrate(src: str, source: str, most: int, config: TernaryConfig) -> tuple[Any, list[str]]:
+def _calibrate(src: str, source: str, most: int, config: TernaryConfig, device: str | None) -> tuple[Any, list[str]]:
     """The model, and texts that it has not seen."""
     from .distill.calibrate import calibrate
     from .distill.texts import read_texts
@@ -342,13 +346,13 @@ def _calibrate(src: str, source: str, most: int, config: TernaryConfig) -> tuple
     texts = read_texts(source)
     random.Random(0).shuffle(texts)
     aside = min(len(texts) // 10, SET_ASIDE)
-    return calibrate(src, texts[aside:][:most], config), texts[:aside]
+    return calibrate(src, texts[aside:][:most], config, device), texts[:aside]
 
 
-def _agreement(model: Any, src: str, texts: list[str]) -> float | None:
+def _agreement(model: Any, src: str, texts: list[str], device: str | None) -> float | None:
     from .evaluation.fidelity import fidelity
 
-    original: Any = _load(src)
+    original: Any = _load(src, device=device)
     return fidelity(model.encode(texts), original.encode(texts))["cosine"]
 
 

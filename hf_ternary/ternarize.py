@@ -39,6 +39,8 @@ def ternary_scale(weight: torch.Tensor, scheme: str = "optimal", group_size: int
     Raises:
         ValueError: unknown scheme.
     """
+    if weight.device.type == "mps":  # which has no float64
+        return ternary_scale(weight.cpu(), scheme, group_size).to(weight.device)
     magnitude = _grouped(weight.detach().float().abs(), group_size)
     if scheme == "absmean":
         scale = 2 * magnitude.mean(-1)

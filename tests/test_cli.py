@@ -159,10 +159,23 @@ def test_quantize_draws_from_many_texts_and_tells_how_close_it_came(
 def test_quantize_sets_a_hundred_texts_aside_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(f"text {number}" for number in range(1200)))
     seen: list[str] = []
-    monkeypatch.setattr("hf_ternary.distill.calibrate.calibrate", lambda src, texts, config: seen.extend(texts))
-    _, aside = cli._calibrate("model", str(tmp_path / "texts.txt"), 1000, hf_ternary.TernaryConfig())
+    monkeypatch.setattr("hf_ternary.distill.calibrate.calibrate", lambda src, texts, config, device: seen.extend(texts))
+    _, aside = cli._calibrate("model", str(tmp_path / "texts.txt"), 1000, hf_ternary.TernaryConfig(), None)
     assert (len(seen), len(aside)) == (1000, 100)
     assert not set(seen) & set(aside)
+
+
+def test_quantize_passes_the_device_on(
+    tiny_sentence_transformer: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calibrate(model: str, texts: list[str], config: hf_ternary.TernaryConfig, device: str) -> None:
+        raise ValueError(f"calibrated on {device}")
+
+    monkeypatch.setattr("hf_ternary.distill.calibrate.calibrate", calibrate)
+    (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
+    arguments = "quantize", tiny_sentence_transformer, tmp_path / "out", "--texts", tmp_path / "texts.txt", "--device"
+    assert_is_one_line_error(run(*arguments, "cpu:0"), "calibrated on cpu:0")
+    assert_is_one_line_error(run(*arguments, "foo"), "--device foo", "Fix: use one of cpu")
 
 
 def test_quantize_with_texts_needs_a_sentence_transformer(tiny_bert: Path, run: Run, tmp_path: Path) -> None:

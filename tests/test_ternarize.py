@@ -37,6 +37,22 @@ def test_shapes_and_dtypes(scheme, group_size, groups):
     assert set(codes.unique().tolist()) <= {-1, 0, 1}
 
 
+class OnMps(torch.Tensor):
+    """A tensor that says that it is where there is no float64."""
+
+    device = torch.device("mps")
+
+    def cpu(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_scales_of_weights_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch):
+    weight = torch.randn(5, 12)
+    expected = t.ternary_scale(weight, group_size=4)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    assert torch.equal(t.ternary_scale(weight.as_subclass(OnMps), group_size=4), expected)
+
+
 def test_groups_are_rows_of_their_own():
     weight = torch.randn(3, 16)
     codes, scale = t.ternarize(weight, group_size=8)

@@ -62,7 +62,7 @@ def calibrate(
         texts: of the kind that it will embed. More are better and take longer; with too few it fits them alone. Compare on
             texts that are not among them.
         config: what to make.
-        device: where to compute [the best there is].
+        device: where to compute [the best there is, but not MPS, which lacks float64].
 
     Returns:
         The packed model, on the CPU.
@@ -72,7 +72,8 @@ def calibrate(
     """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts={texts!r} is no list of texts; give some hundreds of the kind that the model will embed")
-    config, device = config or TernaryConfig(), device or get_device_name()
+    best = get_device_name()
+    config, device = config or TernaryConfig(), device or ("cpu" if best == "mps" else best)
     if config.group_size == "tensor":
         raise ValueError("group_size='tensor' leaves no scale to fit to a row: use None, or a number of columns")
     teacher = load_teacher(model)

@@ -189,6 +189,11 @@ def test_calibrated_without_training(teacher: Path, tmp_path: Path):
     assert torch.equal(got, model.encode(texts[160:], convert_to_tensor=True))
 
 
+def test_calibrates_on_the_cpu_where_the_best_device_has_no_float64(teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calibrate_module, "get_device_name", lambda: "mps")
+    assert calibrate(teacher, make_texts(8)).device.type == "cpu"
+
+
 def test_calibrating_needs_texts_and_a_float_model(teacher: Path, tmp_path: Path):
     for texts in ([], "one text"):
         with pytest.raises(ValueError, match="is no list of texts"):
