@@ -67,6 +67,18 @@ def save_pretrained(
         ValueError: the model is not packed, or ``path`` cannot or must not be replaced.
         OSError: writing failed, as on a full disk.
     """
+    return _save(model, path, tokenizer, base_model, results, training)
+
+
+def _save(
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Any,
+    base_model: str | None,
+    results: str | Path | None,
+    training: str | Path | dict[str, Any] | None,
+    token: str | bool | None = None,
+) -> Path:
     _check_model(model)
     target = check_target(path)
     with _replacing(target) as folder:
@@ -75,7 +87,7 @@ def save_pretrained(
             _verify(model, folder)
         except SafetensorError as error:
             raise OSError(f"{target} could not be written: {error}. What was there before is unchanged") from error
-        _create_card(model, folder, target.name, base_model, results, training).save(folder / "README.md")
+        _create_card(model, folder, target.name, base_model, results, training, token).save(folder / "README.md")
     return target
 
 
@@ -112,7 +124,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
         if isinstance(model, nn.Module):
-            save_pretrained(model, folder, tokenizer, base_model, results, training)
+            _save(model, folder, tokenizer, base_model, results, training, token)
         else:
             source = Path(model).expanduser().resolve()
             read_info(source)
@@ -284,7 +296,8 @@ def _create_card(
     base_model: str | None,
     results: str | Path | None,
     training: str | Path | dict[str, Any] | None,
+    token: str | bool | None,
 ) -> model_card.ModelCard:
     config = getattr(model, "config", None)  # a SentenceTransformer's is that of its transformers model
     source = getattr(config, "_name_or_path", None) or None
-    return model_card.create(folder, name, base_model, source, results, training)
+    return model_card.create(folder, name, base_model, source, results, training, token)

@@ -4,21 +4,33 @@ Every number comes from the model's own files or from a results JSON that was me
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import (
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
-from yaml import YAMLError
 
 from .evaluation.results import weights
 from .files import read_json
 from .info import library_class, read_info
 
+logger = logging.getLogger(__name__)
+
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["ternary", "1.58-bit"]
 PLACEHOLDER = "path/to/model"  # what the usage example calls a model that is in no repository yet
+PATIENCE = 5.0  # seconds to wait for the Hub to answer
 
 # class of sentence-transformers -> (the Hub's task, what to do with `model`)
 _SENTENCE_TRANSFORMERS = {
@@ -49,6 +61,7 @@ def create(
     source: str | None = None,
     results: str | Path | None = None,
     training: str | Path | dict[str, Any] | None = None,
+    token: str | bool | None = None,
 ) -> ModelCard:
     """The card of the packed model in ``folder``; nothing is written.
 
@@ -61,6 +74,7 @@ def create(
             language. If it holds these very ternary weights its card stays as it is.
         results: JSON written by ``recipes/evaluate.py`` for this model; without it the card claims no quality.
         training: ``summary.json`` of the distillation that made this model, or its content.
+        token: with which the cards of ``source`` and ``base_model`` are looked up on the Hub.
 
     Raises:
         ValueError: no ternary model, a malformed ``base_model``, or results or a training of other weights.
@@ -68,7 +82,7 @@ def create(
     if base_model is not None:
         validate_repo_id(base_model)
     info, sha256 = read_info(folder), weights(folder)["sha256"]
-    parent = next((card for origin in (source, base_model) if origin and (card := load_card(origin))), None)
+    parent = next((card for origin in (source, base_model) if origin and (card := load_card(origin, token))), None)
     inherited = parent.data.to_dict() if parent else {}
     if parent and set(TAGS) <= set(inherited.get("tags") or []):
         if results is None and training is None and sha256 in parent.text:
@@ -108,21 +122,35 @@ def create(
     )
 
 
-def load_card(model: str) -> ModelCard | None:
-    """The card of a model folder or of a model on the Hub; None if it has none or cannot be reached."""
+def load_card(model: str, token: str | bool | None = None) -> ModelCard | None:
+    """The card of a model folder or of a model on the Hub; None if it has none or cannot be reached or read."""
     try:
-        return ModelCard.load(Path(model) / "README.md" if Path(model).is_dir() else model)
-    except (OSError, ValueError, TypeError, YAMLError):
+        return ModelCard.load(Path(model) / "README.md" if Path(model).is_dir() else _download_card(model, token))
+    except Exception as error:  # best effort, whatever it is: a card must not cost the model that is being saved
+        logger.info("The card of %s is not read: %r", model, error)
         return None
 
 
+def _download_card(model: str, token: str | bool | None) -> str:
+    try:  # hf_hub_download alone tries for half a minute where there is no network
+        get_hf_file_metadata(hf_hub_url(model, constants.REPOCARD_NAME), token=token, timeout=PATIENCE)
+        only_cached = False
+    except Exception as error:
+        logger.info("The Hub gives no card of %s: %r", model, error)
+        only_cached = True
+    return hf_hub_download(model, constants.REPOCARD_NAME, token=token, local_files_only=only_cached)
+
+
 def _hub_id(source: str | None) -> str | None:
-    """``source`` if it is a model on the Hub, which was downloaded then, and not a path."""
+    """``source`` if it is a model on the Hub, which was downloaded then, in any revision, and not a path."""
+    if source is None:
+        return None
     try:
-        is_cached = source is not None and isinstance(try_to_load_from_cache(source, "config.json"), str)
+        validate_repo_id(source)
     except HFValidationError:
-        is_cached = False
-    return source if is_cached else None
+        return None
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model") / "snapshots"
+    return source if any(snapshots.glob("*/config.json")) else None
 
 
 def _dense(folder: Path) -> str | None:

@@ -32,7 +32,7 @@ from hf_ternary.info import read_info
 from hf_ternary.ops import backends
 
 from .conftest import SENTENCES, tiny_tokenizer
-from .hub_server import TOKEN, File, HubServer
+from .hub_server import TOKEN, File, HubServer, Repository
 from .test_architectures import build
 from .test_model_card import write_results, write_summary
 
@@ -582,8 +582,8 @@ def _push_float(source: Path, repo: str, max_shard_size: str) -> None:
     tiny_tokenizer().push_to_hub(repo)
 
 
-def _push_from_hub(base: str, repo: str) -> None:
-    push_to_hub(load("BertModel", base, PACKED), repo)
+def _push_from_hub(base: str, repo: str, **options: Any) -> None:
+    push_to_hub(load("BertModel", base, PACKED, **options), repo)
 
 
 def _push_changed(base: str, repo: str) -> None:
@@ -598,6 +598,30 @@ def test_the_card_names_a_base_model_on_the_hub(tiny_bert: Path, online: Callabl
     card = hub.files("tester/derived")["README.md"].content.decode()
     assert "base_model: tester/base\n" in card
     assert "base_model_relation: quantized\n" in card
+
+
+def test_the_card_names_a_base_model_of_which_an_old_revision_was_loaded(
+    tiny_bert: Path, online: Callable[..., Any], hub: HubServer
+) -> None:
+    online(_push_float, tiny_bert, "tester/moved", "5GB")
+    repository = hub.repositories["tester/moved"]
+    old = repository.branches["main"]
+    repository.commit("main", {**repository.commits[old], "README.md": File(b"---\nlicense: mit\n---\n", False)})
+    online(partial(_push_from_hub, "tester/moved", "tester/of-old", revision=old))
+    assert "base_model: tester/moved\n" in hub.files("tester/of-old")["README.md"].content.decode()
+
+
+def _push_by_a_token(source: Path, base: str, repo: str) -> None:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("HF_TOKEN")
+        push_to_hub(load("BertModel", source, PACKED), repo, base_model=base, token=TOKEN)
+
+
+def test_the_token_of_a_push_reads_the_base_models_card(tiny_bert: Path, online: Callable[..., Any], hub: HubServer) -> None:
+    hub.repositories["tester/secret"] = Repository("tester/secret", is_private=True)
+    hub.repositories["tester/secret"].commit("main", {"README.md": File(b"---\nlicense: mit\n---\n", False)})
+    online(_push_by_a_token, tiny_bert, "tester/secret", "tester/of-secret")
+    assert "license: mit\n" in hub.files("tester/of-secret")["README.md"].content.decode()
 
 
 def test_the_card_of_a_ternary_model_from_the_hub_names_its_float_model(

@@ -1,4 +1,8 @@
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +163,30 @@ def test_a_damaged_card_of_the_source_is_as_none(folder: Path, tmp_path: Path) -
     source.mkdir()
     (source / "README.md").write_text("---\ntitle: a: b\n---\n# A model\n")
     assert create(folder, "packed", source=str(source)).data.license is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a proxy's"), KeyError("commit")])
+def test_a_card_that_cannot_be_looked_up_costs_no_model(
+    error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("hf_ternary.model_card.get_hf_file_metadata", fail)
+    monkeypatch.setattr("hf_ternary.model_card.hf_hub_download", fail)
+    with caplog.at_level(logging.INFO, "hf_ternary.model_card"):
+        assert create(folder, "packed", base_model="tester/teacher").data.license is None
+    assert f"The card of tester/teacher is not read: {error!r}" in caplog.text
+
+
+def test_without_network_a_card_is_given_up_at_once() -> None:
+    code = (
+        "import time; from hf_ternary.model_card import load_card; start = time.monotonic()\n"
+        "assert load_card('tester/teacher') is None; print(time.monotonic() - start)"
+    )
+    unreachable = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=unreachable, capture_output=True, text=True, timeout=120)
+    assert float(done.stdout) < 10, done.stderr  # huggingface_hub's own retries take 24 s
 
 
 def test_a_model_loaded_packed_keeps_its_card(folder: Path, tmp_path: Path) -> None:
