@@ -22,6 +22,12 @@ def main(arguments: list[str] | None = None) -> None:
         _stop(f"{error.name} is not installed. Fix: pip install 'hf_ternary[hf]'")
     except (ValueError, OSError, ImportError) as error:
         _stop(str(error) or type(error).__name__)
+    except Exception as error:
+        from huggingface_hub.errors import HTTPError
+
+        if not isinstance(error, HTTPError):
+            raise
+        _stop(f"the Hub cannot be reached ({error!r}). Fix: check the connection and the proxy")
 
 
 def _stop(message: str) -> None:

@@ -9,7 +9,7 @@ def model_folder(model: str, patterns: list[str], revision: str | None = None) -
     """The model's folder; of a model on the Hub, a local copy of the files that match ``patterns``.
 
     Raises:
-        ValueError: neither a folder nor a model that can be reached on the Hub.
+        ValueError: neither a folder nor a model that can be reached on the Hub, or it has no such revision.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -17,12 +17,18 @@ def model_folder(model: str, patterns: list[str], revision: str | None = None) -
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ValueError(f"{model} is no folder. Fix: give the folder of a model or a Hub id such as user/name")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{model} has no revision {revision!r}. Fix: give one of its branches, tags or commits") from error
+    except (OSError, ValueError, HTTPError) as error:
+        if partial := getattr(error, "snapshot_path", None):  # the Hub is not reached; what is not here need not matter
+            return Path(partial)
+        wanted = "model" if revision is None else f"revision {revision!r} of a model"
         raise ValueError(
-            f"{model} is no folder, and no model by that name can be reached on the Hub ({type(error).__name__}). "
+            f"{model} is no folder, and no {wanted} by that name can be reached on the Hub ({type(error).__name__}). "
             "Fix: check the name, the connection, and for a private model `hf auth login`"
         ) from error
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -91,6 +92,18 @@ def _save(
     return target
 
 
+@contextmanager
+def _reaching_the_hub() -> Iterator[None]:
+    """Errors of the network become OSErrors, as those are that the Hub itself gives."""
+    try:
+        yield
+    except HTTPError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"the Hub cannot be reached ({error!r}). Fix: check the connection and the proxy") from error
+
+
+@_reaching_the_hub()
 def push_to_hub(
     model: nn.Module | str | Path,
     repo_id: str,

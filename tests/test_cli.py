@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.util import pairwise_cos_sim
 from transformers import BertForMaskedLM
@@ -400,6 +401,14 @@ def test_bench_needs_five_rounds(packed: Path, run: Run) -> None:
     result = run("bench", packed, "--rounds", 4)
     assert result.status == 2
     assert "--rounds" in result.err
+
+
+def test_an_error_of_the_network_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise HTTPError("the proxy\nsays no")
+
+    monkeypatch.setattr("hf_ternary.cli.model_folder", fail)
+    assert_is_one_line_error(run("encode", "tester/model", "a"), "the Hub cannot be reached", "says no", "Fix")
 
 
 @pytest.mark.parametrize("position", [0, 1, 4])

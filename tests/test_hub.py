@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,6 +29,7 @@ import hf_ternary
 from hf_ternary import TernaryConfig
 from hf_ternary.__main__ import main
 from hf_ternary.convert import fake_ternarize_model
+from hf_ternary.files import model_folder
 from hf_ternary.hub import push_to_hub, save_pretrained
 from hf_ternary.info import read_info
 from hf_ternary.ops import backends
@@ -575,6 +578,27 @@ def test_a_wrong_token_is_one_line(saved: Path, online: Callable[..., Any], hub:
     assert "401" in error
     assert error.count("\n") == 1
     assert "tester/refused" not in hub.repositories
+
+
+def test_a_push_that_does_not_reach_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise HTTPError("the proxy says no")
+
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    with pytest.raises(OSError, match=r"the Hub cannot be reached \(HTTPError\('the proxy says no'\)\)\. Fix: check"):
+        push_to_hub(saved, "tester/unreachable")
+
+
+def _look_for_revision(repo: str, revision: str) -> str:
+    with pytest.raises(ValueError, match="Fix") as error:
+        model_folder(repo, ["*.json"], revision)
+    return str(error.value)
+
+
+def test_an_unknown_revision_is_named(saved: Path, online: Callable[..., Any]) -> None:
+    online(push_to_hub, saved, "tester/unbranched")
+    message = online(_look_for_revision, "tester/unbranched", "v9")
+    assert message == "tester/unbranched has no revision 'v9'. Fix: give one of its branches, tags or commits"
 
 
 def _push_float(source: Path, repo: str, max_shard_size: str) -> None:
