@@ -104,6 +104,21 @@ def _reaching_the_hub() -> Iterator[None]:
 
 
 @_reaching_the_hub()
+def make_repository(repo_id: str, private: bool | None, token: str | bool | None) -> str:
+    """The full id of a model repository, which is made if it does not exist.
+
+    Raises:
+        ValueError: it is public and was to be ``private``, or a malformed ``repo_id``.
+        OSError: the Hub refused or cannot be reached.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:  # exist_ok leaves one that exists as it is
+        raise ValueError(f"{repo_id} exists and is public. Fix: make it private on the Hub, or choose another name")
+    return repo_id
+
+
+@_reaching_the_hub()
 def push_to_hub(
     model: nn.Module | str | Path,
     repo_id: str,
@@ -130,7 +145,7 @@ def push_to_hub(
         URL of the commit, or of the pull request.
 
     Raises:
-        ValueError: no packed model, or a malformed ``repo_id``.
+        ValueError: no packed model, a malformed ``repo_id``, or ``private`` and the repository is public.
         OSError: the Hub refused or cannot be reached.
     """
     api = HfApi(token=token)
@@ -142,7 +157,7 @@ def push_to_hub(
             source = Path(model).expanduser().resolve()
             read_info(source)
             shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".git", ".cache"))
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = make_repository(repo_id, private, token)
         if revision is not None and not revision.startswith("refs/"):  # a pull request's
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         model_card.set_repo_id(folder / "README.md", repo_id)

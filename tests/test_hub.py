@@ -482,6 +482,15 @@ def test_a_private_repository_needs_the_token(saved: Path, online: Callable[...,
     assert all(files[name] == content for name, content in contents(saved).items() if name != "README.md")
 
 
+def test_a_public_repository_does_not_become_private(saved: Path, online: Callable[..., Any], hub: HubServer) -> None:
+    online(push_to_hub, saved, "tester/public")
+    before = hub.files("tester/public")
+    (saved / "README.md").write_text("secret")
+    with pytest.raises(ValueError, match=r"tester/public exists and is public\. Fix: make it private on the Hub"):
+        online(partial(push_to_hub, saved, "tester/public", private=True))
+    assert hub.files("tester/public") == before
+
+
 def _load_revisions(repo: str, revisions: list[str]) -> list[np.ndarray]:
     return [outputs(load("BertModel", repo, revision=revision)) for revision in revisions]
 

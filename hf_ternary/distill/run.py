@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments, set_seed
 
 from ..evaluation.results import provenance, weights, write_json
 from ..files import read_json
-from ..hub import check_target, push_to_hub, save_pretrained
+from ..hub import check_target, make_repository, push_to_hub, save_pretrained
 from .arguments import DistillArguments
 from .calibrate import compensate, fit_dense
 from .data import Corpus
@@ -125,7 +124,7 @@ def _repository(args: DistillArguments) -> str | None:
     if not args.push_to_hub or args.process_index:
         return None
     name = args.hub_model_id or Path(args.output_dir or "").name
-    return HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+    return make_repository(name, args.hub_private_repo, args.hub_token)
 
 
 def _fidelity(trainer: DistillTrainer) -> dict[str, float]:
