@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 
-def model_folder(model: str, patterns: list[str], revision: str | None = None) -> Path:
+def model_folder(model: str, patterns: list[str], revision: str | None = None, **options: Any) -> Path:
     """The model's folder; of a model on the Hub, a local copy of the files that match ``patterns``.
+
+    ``options`` (``token``, ``cache_dir``, ``local_files_only``) go to ``huggingface_hub.snapshot_download``.
 
     Raises:
         ValueError: neither a folder nor a model that can be reached on the Hub, or it has no such revision.
@@ -20,7 +22,7 @@ def model_folder(model: str, patterns: list[str], revision: str | None = None) -
     from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, **options))
     except RevisionNotFoundError as error:
         raise ValueError(f"{model} has no revision {revision!r}. Fix: give one of its branches, tags or commits") from error
     except (OSError, ValueError, HTTPError) as error:

@@ -25,24 +25,37 @@ _RESAVE = "Fix: download it again or save the model again"
 _TEXTS, _TOKENS = 256, 4096
 
 
-def load(model: str | Path, revision: str | None = None, threads: int | None = None) -> "Encoder":
+def load(
+    model: str | Path,
+    revision: str | None = None,
+    threads: int | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> "Encoder":
     """Load a packed sentence-transformers model for inference on the CPU.
 
     Args:
         model: a folder, or a repository on the Hugging Face Hub.
         revision: branch, tag or commit of the repository.
         threads: that a call uses; default: as many as this process, or its container, has CPUs.
+        token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
 
     Raises:
-        ValueError: there is no such model, or it is not ternary, damaged, or of a kind that needs SentenceTransformer (the
-            message says why).
+        ValueError: there is no such model or revision, or it is not ternary, damaged, or of a kind that needs
+            SentenceTransformer (the message says why).
         ImportError: the C++ kernels are not built or cannot be loaded.
     """
-    return Encoder(model_folder(str(model), ["*.json", "*.safetensors"], revision), threads)
+    options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return Encoder(model_folder(str(model), ["*.json", "*.safetensors"], revision, **options), threads)
 
 
 class Encoder:
-    """A packed embedding model; make one with :func:`load`. Calls from several threads at once are fine."""
+    """A packed embedding model; make one with :func:`load`. Calls from several threads at once are fine.
+
+    Copying and unpickling read the folder again.
+    """
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         if backends.native() is None or backends.choose().backend == "reference":
@@ -50,7 +63,9 @@ class Encoder:
                 f"hf_ternary.load needs the C++ kernels ({backends.choose().reason}). Fix: {backends.REINSTALL}, or use "
                 "SentenceTransformer"
             )
+        self._folder = folder.absolute()
         self.threads = threads or backends.cores()
+        self._default_threads = None if threads else self.threads
         transformer, self._pooling, self._dense, self._normalize = _modules(folder)
         config = read_json(transformer / "config.json")
         self._native = _native_encoder(transformer, config)
@@ -59,15 +74,42 @@ class Encoder:
             raise ValueError(f"{folder}: a Dense module reads another width than the module before it gives. {_RESAVE}")
         self._tokenizer, self.max_seq_length = _tokenizer(transformer, config, self._native.longest)
         options = read_json(folder / "config_sentence_transformers.json")
-        self.prompts: dict[str, str] = options.get("prompts") or {}
+        # The first two are always there in sentence-transformers.
+        self.prompts: dict[str, str] = {"query": "", "document": "", **(options.get("prompts") or {})}
         self.default_prompt_name: str | None = options.get("default_prompt_name")
-        self._truncate_dim: int | None = options.get("truncate_dim")
+        self._truncate_dim = _checked_dimension(options.get("truncate_dim"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Where it is unpickled there may be other CPUs.
+        return type(self), (self._folder, None if self.threads == self._default_threads else self.threads)
 
     @property
     def dimension(self) -> int:
         """Numbers of an embedding."""
+        return self._cut(self._truncate_dim)
+
+    def _cut(self, truncate_dim: int | None) -> int:
         width = self._dense[-1].dimension if self._dense else self._native.hidden
-        return min(width, self._truncate_dim or width)
+        return min(width, truncate_dim or width)
+
+    def encode_query(
+        self, texts: str | Sequence[str], *, prompt: str | None = None, prompt_name: str | None = None, **options: Any
+    ) -> np.ndarray:
+        """:meth:`encode` with the model's prompt ``"query"``, unless another is given."""
+        return self.encode(texts, prompt=prompt, prompt_name=prompt_name or self._first_prompt("query"), **options)
+
+    def encode_document(
+        self, texts: str | Sequence[str], *, prompt: str | None = None, prompt_name: str | None = None, **options: Any
+    ) -> np.ndarray:
+        """:meth:`encode` with the first of the prompts ``"document"``, ``"passage"``, ``"corpus"``, unless another is given.
+
+        As in sentence-transformers ``"document"`` is always there, if empty.
+        """
+        name = prompt_name or self._first_prompt("document", "passage", "corpus")
+        return self.encode(texts, prompt=prompt, prompt_name=name, **options)
+
+    def _first_prompt(self, *names: str) -> str | None:
+        return next((name for name in names if name in self.prompts), None)
 
     def encode(
         self,
@@ -76,6 +118,7 @@ class Encoder:
         prompt: str | None = None,
         prompt_name: str | None = None,
         normalize: bool | None = None,
+        truncate_dim: int | None = None,
     ) -> np.ndarray:
         """Embeddings of texts; the same bits for a text whatever stands beside it.
 
@@ -84,12 +127,14 @@ class Encoder:
             prompt: put before every text; default: the model's prompt of the name ``prompt_name``, if it has any.
             prompt_name: one of ``prompts``; default: the model's ``default_prompt_name``.
             normalize: scale embeddings to length 1; default: what the model's files say.
+            truncate_dim: keep at most so many numbers of an embedding; default: what the model's files say.
 
         Returns:
             float32 ``[dimension]`` for one text, ``[len(texts), dimension]`` for several.
 
         Raises:
-            ValueError: a text is no string, an unknown ``prompt_name``, or an embedding is not finite (damaged model).
+            ValueError: a text is no string, an unknown ``prompt_name``, a ``truncate_dim`` below 1, or an embedding is not
+                finite (damaged model).
         """
         many = [texts] if isinstance(texts, str) else list(texts)
         if wrong := [text for text in many if not isinstance(text, str)]:
@@ -98,7 +143,8 @@ class Encoder:
         if prefix:
             many = [prefix + text for text in many]
         unit = self._normalize if normalize is None else normalize
-        y = np.empty((len(many), self.dimension), np.float32)
+        cut = self._truncate_dim if truncate_dim is None else _checked_dimension(truncate_dim)
+        y = np.empty((len(many), self._cut(cut)), np.float32)
         done = 0
         for ids in self._tokenize(many):
             rows = self._native.embeddings(ids, self._pooling, unit and not self._dense, self.threads)
@@ -106,9 +152,9 @@ class Encoder:
                 rows = dense(rows)
             if unit and self._dense:
                 rows = _unit(rows)
-            y[done : done + len(ids)] = rows[:, : self.dimension]
+            y[done : done + len(ids)] = rows[:, : y.shape[1]]
             done += len(ids)
-        if normalize and self._truncate_dim:  # the model's own Normalize comes before the cut, as in sentence-transformers
+        if normalize and cut:  # the model's own Normalize comes before the cut, as in sentence-transformers
             y = _unit(y)
         if not np.isfinite(y).all():
             raise ValueError(f"an embedding is not finite: the model holds numbers that are too large. {_RESAVE}")
@@ -121,17 +167,16 @@ class Encoder:
         if name is None:
             return ""
         if name not in self.prompts:
-            raise ValueError(
-                f"prompt_name={name!r} is unknown: use one of {', '.join(self.prompts) or 'none, there are none'}"
-            )
+            raise ValueError(f"prompt_name={name!r} is unknown: use one of {', '.join(self.prompts)}")
         return self.prompts[name]
 
     def _tokenize(self, texts: list[str]) -> Iterator[list[list[int]]]:
         """Token ids of the texts; a few thousand tokens at a time."""
         for first in range(0, len(texts), _TEXTS):
             some = texts[first : first + _TEXTS]
-            one = len(some) == 1  # spares waking the tokenizer's threads
-            encodings = [self._tokenizer.encode(some[0])] if one else self._tokenizer.encode_batch_fast(some)
+            alone = len(some) == 1 or self.threads == 1  # one by one: no thread of the tokenizer's is started or woken
+            encode = self._tokenizer.encode
+            encodings = [encode(text) for text in some] if alone else self._tokenizer.encode_batch_fast(some)
             rows: list[list[int]] = []
             for encoding in encodings:
                 rows.append(encoding.ids)
@@ -140,6 +185,14 @@ class Encoder:
                     rows = []
             if rows:
                 yield rows
+
+
+def _checked_dimension(truncate_dim: Any) -> int | None:
+    if truncate_dim is None:
+        return None
+    if isinstance(truncate_dim, (int, np.integer)) and truncate_dim > 0:
+        return int(truncate_dim)
+    raise ValueError(f"truncate_dim={truncate_dim!r} is no length of an embedding. Fix: give a whole number from 1 on")
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

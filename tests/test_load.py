@@ -1,12 +1,17 @@
 """The bare path: the same folder and the same embeddings as SentenceTransformer, with neither torch nor transformers."""
 
+import copy
 import json
+import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,6 +182,74 @@ def test_truncated_embeddings(normalize: bool | None, tiny: Path, tmp_path: Path
     assert ours.dimension == y.shape[1] == 8
     if normalize is not False:  # which sentence-transformers has no option for: its module normalizes
         np.testing.assert_allclose(y, theirs.encode(SENTENCES, normalize_embeddings=bool(normalize)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "prompts", [{}, {"query": "find the ", "passage": "the red "}, {"document": "the red ", "corpus": "run to "}]
+)
+def test_queries_and_documents(prompts: dict[str, str], tiny: Path):
+    from sentence_transformers import SentenceTransformer
+
+    edit(tiny / "config_sentence_transformers.json", prompts={**prompts, "other": "a day "}, default_prompt_name="other")
+    ours, theirs = hf_ternary.load(tiny), SentenceTransformer(str(tiny), device="cpu")
+    for name in ("encode_query", "encode_document"):
+        for options in ({}, {"prompt": "run to "}, {"prompt_name": "other"}):
+            expected = getattr(theirs, name)(TEXTS, **options)
+            np.testing.assert_allclose(getattr(ours, name)(TEXTS, **options), expected, atol=1e-6)
+    assert ours.encode_query("a dog", truncate_dim=8).shape == (8,)
+    del ours.prompts["document"]
+    for name in [name for name in ("passage", "corpus") if name in prompts]:
+        assert np.array_equal(ours.encode_document("a dog"), ours.encode("a dog", prompt_name=name))
+
+
+@pytest.mark.parametrize("normalize", [None, True])
+def test_embeddings_are_truncated_by_the_call(normalize: bool | None, tiny: Path):
+    from sentence_transformers import SentenceTransformer
+
+    ours, theirs = hf_ternary.load(tiny), SentenceTransformer(str(tiny), device="cpu", truncate_dim=8)
+    y = ours.encode(SENTENCES, normalize=normalize, truncate_dim=8)
+    np.testing.assert_allclose(y, theirs.encode(SENTENCES, normalize_embeddings=bool(normalize)), atol=1e-6)
+    assert ours.encode("a dog", truncate_dim=99).shape == (ours.dimension,) == (32,)
+    edit(tiny / "config_sentence_transformers.json", truncate_dim=8)
+    assert hf_ternary.load(tiny).encode("a dog", truncate_dim=16).shape == (16,)
+
+
+@pytest.mark.parametrize("truncate_dim", [0, -1, 1.5, "8"])
+def test_an_impossible_truncation_is_an_error(truncate_dim: Any, tiny: Path):
+    with pytest.raises(ValueError, match=f"truncate_dim={truncate_dim!r} is no length of an embedding.*Fix"):
+        hf_ternary.load(tiny).encode("a dog", truncate_dim=truncate_dim)
+    edit(tiny / "config_sentence_transformers.json", truncate_dim=truncate_dim)
+    with pytest.raises(ValueError, match=f"truncate_dim={truncate_dim!r} is no length of an embedding.*Fix"):
+        hf_ternary.load(tiny)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles(copied: Callable[[Any], Any], tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    model, asked, changed = hf_ternary.load(tiny), hf_ternary.load(tiny, threads=3), hf_ternary.load(tiny)
+    changed.threads = model.threads + 2
+    monkeypatch.setattr(backends, "cores", lambda: 7)  # as on another machine
+    assert [copied(each).threads for each in (model, asked, changed)] == [7, 3, changed.threads]
+    assert np.array_equal(copied(model).encode(TEXTS), model.encode(TEXTS))
+
+
+def test_one_thread_is_one_thread_of_the_tokenizer_too(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    model = hf_ternary.load(tiny, threads=1)
+    expected = hf_ternary.load(tiny, threads=2).encode(TEXTS)
+    monkeypatch.setattr(model, "_tokenizer", SimpleNamespace(encode=model._tokenizer.encode))
+    assert np.array_equal(model.encode(TEXTS), expected)
+
+
+def test_options_of_the_download(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def download(model: str, **options: Any) -> str:
+        calls.append((model, options))
+        return str(tiny)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    options = {"token": "hf_x", "cache_dir": "cache", "local_files_only": True}
+    hf_ternary.load("tester/model", "v2", **options)
+    assert calls == [("tester/model", {"revision": "v2", "allow_patterns": ["*.json", "*.safetensors"], **options})]
 
 
 def test_settings_that_are_not_known_are_errors(tiny: Path):
