@@ -39,12 +39,13 @@ def load(
     Args:
         model: a folder, or a repository on the Hugging Face Hub.
         revision: branch, tag or commit of the repository.
-        threads: that a call uses; default: as many as this process, or its container, has CPUs.
+        threads: that a call uses; default: ``HF_TERNARY_NUM_THREADS``, else ``OMP_NUM_THREADS``, and at most as many as this
+            process, or its container, has CPUs.
         token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
 
     Raises:
         ValueError: there is no such model or revision, or it is not ternary, damaged, or of a kind that needs
-            SentenceTransformer (the message says why).
+            SentenceTransformer (the message says why); or ``HF_TERNARY_NUM_THREADS`` is no positive number.
         ImportError: the C++ kernels are not built or cannot be loaded.
     """
     options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
