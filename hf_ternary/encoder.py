@@ -45,8 +45,6 @@ def bind(model: nn.Module) -> None:
     """Give our forward to every supported base model inside ``model``; no-op where only the reference backend runs."""
     if backends.choose().backend == "reference" and not torch.cuda.is_available():
         return
-    if backends.choose().backend != "reference":
-        share_torch_threads(backends.native())
     for module in model.modules():
         if _architecture(module):
             cls: Any = type(module)
@@ -335,6 +333,7 @@ def _make(
     device: torch.device, layout: Architecture, config: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> "NativeEncoder | TritonEncoder":
     if device.type == "cpu":
+        share_torch_threads(backends.native())  # here, as an unpickled model was never bound in its process
         return NativeEncoder(layout, config, {name: tensor.numpy() for name, tensor in tensors.items()})
     from .triton_encoder import TritonEncoder
 

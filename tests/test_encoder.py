@@ -783,6 +783,14 @@ def test_copies_are_native_and_independent(bert: Any, copied: Any):
     assert not torch.equal(native(twin, batch([5])), expected)
 
 
+def test_an_unpickled_model_runs_on_the_threads_of_torch(bert: Any, monkeypatch: pytest.MonkeyPatch):
+    shared: list[Any] = []
+    pickled = pickle.dumps(bert)
+    monkeypatch.setattr(encoder, "share_torch_threads", shared.append)
+    native(pickle.loads(pickled), batch([5]))
+    assert backends.native() in shared
+
+
 def test_the_class_looks_like_its_parent(bert: Any):
     import inspect
 
