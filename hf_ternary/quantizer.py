@@ -40,6 +40,10 @@ class TernaryHfQuantizer(HfQuantizer):
     quantization_config: TernaryConfig  # type: ignore[assignment]  # no mixin: see register()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        from transformers import __version__ as version
+
+        if int(version.partition(".")[0]) < 5:
+            raise ImportError(f"ternary models need transformers 5, not {version}. Fix: pip install 'transformers>=5'")
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         if "disk" in places:
             raise ValueError(

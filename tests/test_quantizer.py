@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, BertModel
 
 from hf_ternary import TernaryConfig, TernaryLinear
 from hf_ternary.modules import QuantizedEmbedding, TiedLinear
+from hf_ternary.quantizer import TernaryHfQuantizer
 from tests.conftest import SENTENCES, save_tiny_bert
 
 KEY = "encoder.layer.0.attention.self.key"
@@ -118,6 +119,12 @@ def test_device_map(packed_folder, tiny_bert, device_map):
 def test_offload_to_disk_is_refused(packed_folder):
     with pytest.raises(ValueError, match="offloads to disk"):
         BertModel.from_pretrained(packed_folder, device_map={"": "disk"})
+
+
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(ImportError, match=r"need transformers 5, not 4\.57\.6\. Fix: pip install 'transformers>=5'"):
+        TernaryHfQuantizer(TernaryConfig()).validate_environment()
 
 
 def test_copies_and_pickles(packed_folder):
