@@ -269,11 +269,11 @@ class _Replay:
             handle.remove()
 
     def finish(self, name: str) -> None:
-        """Keep what the block ``name`` returns for each batch."""
-        outputs: list[Any] = []
+        """Keep what the block ``name`` returns for each batch, in the place of what the one before it returned."""
+        kept = self._outputs or [None] * len(self.batches)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.append(output)
+            kept[self._number] = output  # this ends the batch's pass: nothing reads the old value any more
             raise _Seen
 
         block = self.encoder.get_submodule(name)
@@ -281,7 +281,7 @@ class _Replay:
         for number in range(len(self.batches)):
             self._run(number)
         handle.remove()
-        self._outputs = outputs
+        self._outputs = kept
         block.forward = lambda *args, **options: self._outputs[self._number]
         self._finished.append(block)
 

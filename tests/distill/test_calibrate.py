@@ -1,3 +1,5 @@
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,34 @@ def test_calibrating_needs_texts_and_a_float_model(teacher: Path, tmp_path: Path
         calibrate(str(tmp_path / "model"), make_texts(8))
     with pytest.raises(ValueError, match="group_size='tensor' leaves no scale"):
         calibrate(teacher, make_texts(8), TernaryConfig(group_size="tensor"))
+
+
+@torch.no_grad()
+def test_hidden_states_are_kept_once(teacher: Path):
+    """What a block returned for a batch goes when the next block is finished for it."""
+    model = load_teacher(str(teacher))
+    student = Encoder(make_student(model, TernaryConfig()))
+    batches = [dict(model.tokenize(make_texts(4, seed=seed))) for seed in range(8)]
+    batches = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
+    order, _ = calibrate_module._in_order(student, batches[0])
+    first, second = dict.fromkeys(calibrate_module._block(student, names[0]) for names in order)
+    assert first is not None
+    assert second is not None
+    alive = []
+    with calibrate_module._Replay(student, batches) as replay:
+        replay.finish(first)
+        old = [weakref.ref(output if isinstance(output, torch.Tensor) else output[0]) for output in replay._outputs]
+        run = replay._run
+
+        def counting(number: int) -> None:
+            gc.collect()
+            alive.append(sum(state() is not None for state in old))
+            run(number)
+
+        replay._run = counting  # type: ignore[method-assign]
+        replay.finish(second)
+    assert alive[0] == 8
+    assert alive[-1] < 4
 
 
 @pytest.mark.parametrize("name", ["BERT", "ALBERT", "T5 encoder", "ModernBERT", "Qwen3"])
