@@ -16,7 +16,26 @@ _choice = backends.choose()
 
 _library = torch.library.Library("hf_ternary", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation) -> Tensor")
-_library.impl("linear", reference.linear, "CompositeExplicitAutograd")
+
+_quiet = {"cpu", "meta"}  # kinds of devices of which nothing is to be said, or nothing any more
+
+
+def _reference(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """What computes on every device without kernels; says once for each kind of device that it is slow."""
+    kind = x.device.type
+    if kind not in _quiet and not torch.compiler.is_compiling():
+        _quiet.add(kind)
+        if backends.requested() != "reference":
+            why = backends.choose_gpu(x.get_device()).reason if kind == "cuda" else "there are no kernels for it"
+            warnings.warn(
+                f"hf_ternary: the slower torch reference runs on {kind} ({why}). Fix: model.to('cpu')",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return reference.linear(x, *rest)
+
+
+_library.impl("linear", _reference, "CompositeExplicitAutograd")
 
 if _choice.backend != "reference":
     _library.impl("linear", NativeLinear(_choice.backend), "CPU")
@@ -33,7 +52,7 @@ elif not _choice.forced:
 def _on_gpu(device: int) -> Callable[..., torch.Tensor]:
     """What computes on a CUDA device; Triton is imported when that is it."""
     if backends.choose_gpu(device).backend == "reference":
-        return reference.linear
+        return _reference
     from . import triton
 
     return triton.linear

@@ -1,13 +1,16 @@
 """The op as torch sees it: autograd, compile, export, and its errors."""
 
 import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from hf_ternary import packing
-from hf_ternary.ops import linear, reference
+from hf_ternary.ops import backends, library, linear, reference
 from hf_ternary.ternarize import dequantize
 
 from .test_native import make_layer, same
@@ -135,6 +138,38 @@ def test_export() -> None:
 def test_meta_device() -> None:
     weight, scale, bias = (tensor.to("meta") for tensor in make_layer(33, 64))
     assert linear(torch.empty(2, 3, 64, device="meta", dtype=torch.float16), weight, scale, bias).shape == (2, 3, 33)
+
+
+@pytest.fixture
+def somewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Makes tensors that say they are on a device which need not be here; the reference gives them back."""
+    monkeypatch.setattr(library, "_quiet", {"cpu", "meta"})
+    monkeypatch.setattr(reference, "linear", lambda x, *rest: x)
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    return lambda device: SimpleNamespace(device=torch.device(device), get_device=lambda: 0)
+
+
+def test_a_device_without_kernels_is_named_once(somewhere: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = backends.Choice("reference", False, "Triton is not installed")
+    monkeypatch.setattr(backends, "choose_gpu", lambda device: choice)
+    for device, why in {"mps": "there are no kernels for it", "xpu": "there are no", "cuda": "Triton is not inst"}.items():
+        with pytest.warns(RuntimeWarning, match=rf"reference runs on {device} \({why}.*\)\. Fix: model\.to\('cpu'\)"):
+            library._reference(somewhere(device))
+        library._reference(somewhere(device))  # a second warning would be an error here
+    for device in ("cpu", "meta"):
+        library._reference(somewhere(device))
+
+
+def test_nothing_is_said_of_a_device_while_compiling_or_where_it_was_asked_for(
+    somewhere: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    library._reference(somewhere("mps"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    with pytest.warns(RuntimeWarning, match="runs on mps"):
+        library._reference(somewhere("mps"))
+    monkeypatch.setenv(backends.VARIABLE, "reference")
+    library._reference(somewhere("xpu"))
 
 
 def test_copies_of_a_used_module() -> None:
