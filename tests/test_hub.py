@@ -436,7 +436,7 @@ def test_what_is_told_of_a_model_reaches_the_hub(
     card = files["README.md"].content.decode()
     assert "base_model: tester/full\n" in card
     assert "| STSBenchmark | STS | cosine_spearman | 81.23 | 82.00 | 99.1 % |" in card
-    assert "| 1 | the full-precision weights, compensated | 5,500 | 20,415,428 | 0.0004 | 0.925 |" in card
+    assert "| 1 | the full-precision weights, compensated | 5,500 | 20,415,428 | 0.0004 | 420 | 0.925 |" in card
     assert 'BertModel.from_pretrained("tester/measured")' in card
     assert repository.messages[repository.branches["main"]] == "Measured"
 
@@ -534,7 +534,7 @@ def test_load_takes_an_id_and_a_revision(
     fetched = {path.rpartition("/")[2] for _, path in hub.requests[before:] if "/resolve/" in path}
     assert "config.json" in fetched
     assert "README.md" not in fetched  # only what it reads
-    with pytest.raises(ValueError, match=r"tester/served is no folder.*Hub \(RevisionNotFoundError\)\. Fix: check the name"):
+    with pytest.raises(ValueError, match=r"tester/served has no revision 'v3'\. Fix: give one of its branches"):
         online(_embed, repo, "v3")
 
 
