@@ -118,6 +118,25 @@ bool check(const Kernel& kernel, std::mt19937& random, std::int64_t rows, std::i
   return y.back() == guard;
 }
 
+// Attention of a query that gives one key the weight 1 - tail and all others together `tail`, each less than a step of the
+// probabilities: the other keys' values are (1, 0), that one's (0, 1).
+bool check_tail(const Kernel& kernel, float tail) {
+  constexpr std::int64_t kTokens = 8192, kDim = 16;
+  std::vector<float> qkv(kTokens * 3 * kDim), key_scale(kTokens), value_scale(kTokens), query_scale(kTokens), y(kDim);
+  for (std::int64_t t = 0; t < kTokens; ++t) qkv[(3 * t + 2) * kDim + (t == 0)] = 1.0f;
+  qkv[0] = qkv[kDim] = 2 * std::sqrt(std::log((1 - tail) / tail * (kTokens - 1)));  // scores are divided by sqrt(kDim)
+  std::vector<std::int16_t> query(kTokens * kDim), key(kTokens * kDim), value(kTokens * kDim);
+  const AttentionOperands operands{1, kDim, kDim, kTokens, kTokens, query.data(), query_scale.data(), key.data(),
+                                   key_scale.data(), value.data(), value_scale.data(), nullptr, 0, {kTokens, kTokens}};
+  AlignedBuffer<std::uint8_t> scratch(kernel.attention_scratch(kTokens));
+  kernel.load_attention(qkv.data(), 0, kTokens, operands);
+  kernel.attend(operands, 0, 1, y.data(), scratch.data());
+  // Every key may be wrong by half a sixteenth of a step; 1 - tail is 32767 steps.
+  const bool good = std::fabs(y[0] - tail) < kTokens / 32.0f / 32767 && std::fabs(y[1] - (1 - tail)) < 1e-3f;
+  if (!good) std::printf("%s: keys that weigh %g together give %g, the other one %g\n", kernel.name, tail, y[0], y[1]);
+  return good;
+}
+
 }  // namespace
 
 bool activations_are_accurate();   // activation_check.cpp
@@ -142,6 +161,7 @@ int main() {
     for (const std::int64_t groups : {2, 6, 12, 96}) good = check(*backend.kernel, random, 9, 40, 384, groups, 1) && good;
     for (const std::int64_t rows : {3, 30, 130}) good = check(*backend.kernel, random, rows, 300, 12000 / rows, 1, 3) && good;
     good = check(*backend.kernel, random, 1100, 1024, 20, 1, 2) && good;  // larger than what is kept in the caches
+    for (const float tail : {0.03f, 0.13f}) good = check_tail(*backend.kernel, tail) && good;
     std::printf("%s\n", backend.kernel->name);
   }
   return good ? 0 : 1;
