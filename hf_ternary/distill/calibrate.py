@@ -330,12 +330,21 @@ class _Statistics:
 
 
 def _compensate_layer(layer: FakeTernaryLinear, original: nn.Linear, mean: _Statistics) -> None:
+    """Give ``layer`` the ternary weights, scales and bias whose output is closest to what is wanted of it, in place.
+
+    Args:
+        layer: of the student, with learned scales.
+        original: the same layer of the teacher. Wanted is its output plus what the residual stream lacks.
+        mean: what both see.
+    """
     weight = original.weight.float()
-    # The bias takes care of the means, the weights of what varies around them.
-    second = mean.xx - mean.x.outer(mean.x)
+    # A bias takes care of the means, the weights of what varies around them; without one, the weights do both.
+    biased = layer.bias is not None
+    x, t, d = (each if biased else torch.zeros_like(each) for each in (mean.x, mean.t, mean.d))
+    second = mean.xx - x.outer(x)
     damping = DAMPING * second.diagonal().mean()
     hessian = second + damping * torch.eye(len(second), device=second.device)
-    cross = (mean.xt - mean.x.outer(mean.t)) @ weight.t() + mean.xd - mean.x.outer(mean.d)
+    cross = (mean.xt - x.outer(t)) @ weight.t() + mean.xd - x.outer(d)
     wanted = torch.linalg.solve(hessian, cross + damping * weight.t()).t()
 
     scale = ternary_scale(wanted, layer.weight_scheme, layer.group_size)
@@ -349,8 +358,8 @@ def _compensate_layer(layer: FakeTernaryLinear, original: nn.Linear, mean: _Stat
     layer.weight.copy_(master)
     assert layer.weight_scale is not None
     layer.weight_scale.copy_(scale)
-    if layer.bias is not None:
-        layer.bias.copy_(original.bias + weight @ mean.t + mean.d - dequantize(ternary_codes(master, scale), scale) @ mean.x)
+    if biased:
+        layer.bias.copy_(original.bias + weight @ t + d - dequantize(ternary_codes(master, scale), scale) @ x)
 
 
 def round_with_compensation(
@@ -376,8 +385,7 @@ def round_with_compensation(
         stop = min(start + BLOCK, len(rest))
         errors = torch.empty_like(rest[start:stop])
         for i in range(start, stop):
-            rounded = dequantize(ternary_codes(rest[i, :, None], levels[i, :, None]), levels[i, :, None])[:, 0]
-            errors[i - start] = (rest[i] - rounded) / inverse[i, i]
+            errors[i - start] = (rest[i] - _to_level(rest[i], levels[i])) / inverse[i, i]
             rest[i + 1 : stop].addr_(inverse[i, i + 1 : stop], errors[i - start], alpha=-1)
         rest[stop:].addmm_(inverse[start:stop, stop:].t(), errors, alpha=-1)
     return _refit(weight, rest[order.argsort()].t().contiguous(), scale, hessian)
@@ -406,12 +414,17 @@ def round_again(
             before = rounded[start:stop].clone()
             for i in range(start, stop):
                 best[i] = rounded[i] + slope[i] / hessian[i, i]
-                new = dequantize(ternary_codes(best[i, :, None], levels[i, :, None]), levels[i, :, None])[:, 0]
+                new = _to_level(best[i], levels[i])
                 slope[i:stop].addr_(hessian[i:stop, i], new - rounded[i], alpha=-1)
                 rounded[i] = new
             slope[stop:].addmm_(hessian[stop:, start:stop], rounded[start:stop] - before, alpha=-1)
         master, scale = _refit(weight, best.t().contiguous(), scale, hessian)
     return master, scale
+
+
+def _to_level(column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A column ``[out]`` of a weight, rounded to the levels that its scales ``[out]`` give."""
+    return dequantize(ternary_codes(column[:, None], scale[:, None]), scale[:, None])[:, 0]
 
 
 def _refit(

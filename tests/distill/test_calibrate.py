@@ -1,3 +1,4 @@
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -5,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import nn
 from torch.nn import functional as F
 
 from hf_ternary import TernaryConfig
 from hf_ternary.distill import calibrate as calibrate_module
 from hf_ternary.distill.calibrate import calibrate, compensate, fit_dense, round_again, round_with_compensation
 from hf_ternary.distill.student import Encoder, add_dense, load_teacher, make_student
+from hf_ternary.modules import FakeTernaryLinear
 from hf_ternary.ternarize import dequantize, ternarize, ternary_codes, ternary_scale
 from tests.conftest import tiny_tokenizer
 from tests.distill.conftest import make_texts
@@ -53,6 +56,21 @@ def test_rounding_again_lowers_the_error_further(group_size: int | None):
             other = codes.clone()
             other[row, column] = code
             assert output_error(weight, dequantize(other, scale), hessian) > 0.999 * errors[1]
+
+
+@torch.no_grad()
+def test_weights_make_up_for_the_means_where_no_bias_does():
+    linear = nn.Linear(64, 32, bias=False)
+    x = torch.randn(1000, 8) @ torch.randn(8, 64) + 3 * torch.randn(64)
+    layer = FakeTernaryLinear(copy.deepcopy(linear), learned_scale=True)
+    moment, zeros = x.t() @ x / len(x), torch.zeros(64, 1)
+    statistics = calibrate_module._Statistics(moment, moment, zeros, x.mean(0), x.mean(0), torch.zeros(1))
+    calibrate_module._compensate_layer(layer, linear, statistics)
+    errors = [
+        output_error(linear.weight, dequantize(codes, scale), moment)
+        for codes, scale in ((layer.codes(), layer.scale()), ternarize(linear.weight))
+    ]
+    assert errors[0] < errors[1] / 3
 
 
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
