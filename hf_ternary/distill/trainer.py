@@ -24,7 +24,7 @@ from .arguments import DistillArguments
 from .data import TokenBatches, by_length
 from .health import Health, write_log
 from .images import ImageCollator, Images
-from .student import Encoder, set_strength
+from .student import Encoder, set_strength, ternary_layers
 from .texts import Collator, TokenizedTexts
 
 logger = logging.getLogger(__name__)
@@ -236,14 +236,18 @@ class DistillTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean cosine to the teacher on the held-out texts, on all, on short (up to 64 tokens) and on long ones."""
+        """Mean cosine of the packed student to the teacher on held-out texts: all, short (up to 64 tokens) and long ones."""
         started = time.perf_counter()
         data = self.held_out
         if not len(data):
             return {}
         if self._teacher_held_out is None:
             self._teacher_held_out = self._embed(self.teacher, data)
+        strengths = {layer: layer.strength for layer in ternary_layers(self.student).values()}
+        set_strength(self.student, 1.0)  # that of the packed model
         cosines = F.cosine_similarity(self._embed(self.student, data), self._teacher_held_out)
+        for layer, strength in strengths.items():
+            layer.strength = strength
         metrics = {f"{metric_key_prefix}_cosine": cosines.mean().item()}
         long = torch.from_numpy(data.lengths > LONG)
         for name, chosen in (("short", ~long), ("long", long)):

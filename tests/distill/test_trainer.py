@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from hf_ternary.distill import DistillArguments, distill
-from hf_ternary.distill.student import Encoder
+from hf_ternary.distill.student import Encoder, load_teacher, make_student, set_strength, ternary_layers
+from hf_ternary.distill.texts import Collator, TokenizedTexts
 from hf_ternary.distill.trainer import DistillTrainer, last_checkpoint
 from hf_ternary.packing import unpack
 from tests.conftest import SENTENCES, tiny_tokenizer
+from tests.distill.conftest import make_texts
 from tests.hub_server import TOKEN, HubServer
 from tests.test_architectures import build
 
@@ -102,6 +104,18 @@ def test_the_teacher_is_as_mixed_in_precision_as_the_student_and_neither_when_me
     )
     # The teacher alone is looked at before the first step; then teacher and student take turns, also at the end.
     assert mixed == [False, True, True, True, True, *[False, False] * measured]
+
+
+def test_fidelity_is_that_of_the_packed_model_at_any_strength(options: Options):
+    args = DistillArguments(**options(max_steps=1))
+    teacher = load_teacher(args.teacher, args.max_length)
+    student = Encoder(make_student(teacher, args.ternary_config()))
+    data = TokenizedTexts.of(make_texts(40), teacher, args.max_length)
+    trainer = DistillTrainer(student, Encoder(teacher), args, data, data, Collator(0))
+    fidelity = trainer.evaluate()
+    set_strength(student, 0.0)
+    assert trainer.evaluate() == pytest.approx(fidelity, abs=1e-6)
+    assert {layer.strength for layer in ternary_layers(student).values()} == {0.0}
 
 
 def test_the_packed_model_is_pushed_at_the_end(options: Options, tmp_path: Path):
