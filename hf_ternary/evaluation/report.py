@@ -32,7 +32,7 @@ def evaluate(encoder: CachedEncoder, tasks: Sequence[AbsTask], batch_size: int =
 
     Returns:
         Records of `task`, `type`, `metric`, `score` (in [0, 1]), `splits`, `revision` of the data and `seconds`; for
-        classification and clustering also `std`, over the draws.
+        classification, regression and clustering also `std`, over the draws.
 
     Raises:
         ValueError: an embedding or a score is not finite.
@@ -136,7 +136,7 @@ def _evaluate_task(encoder: CachedEncoder, task: AbsTask, batch_size: int, progr
         "type": task.metadata.type,
         "metric": task.metadata.main_score,
         "score": float(result.get_score()),
-        **_std(result),
+        **_std(result, task.metadata.main_score),
         "seconds": round(result.evaluation_time, 1),
     }
     if not np.isfinite(record["score"]):
@@ -144,16 +144,15 @@ def _evaluate_task(encoder: CachedEncoder, task: AbsTask, batch_size: int, progr
     return record
 
 
-def _std(result: Any) -> dict[str, float]:
-    """Standard deviation over the draws, where mteb reports them and there is one split in one language."""
+def _std(result: Any, metric: str) -> dict[str, float]:
+    """Standard deviation of ``metric`` over the draws, where mteb reports it and there is one split in one language."""
     (scores, *others), *more = result.scores.values()
     if others or more:
         return {}
-    if "v_measure_std" in scores:
-        return {"std": scores["v_measure_std"]}
-    if "scores_per_experiment" in scores:
-        return {"std": float(np.std([s["accuracy"] for s in scores["scores_per_experiment"]]))}
-    return {}
+    if f"{metric}_std" in scores:
+        return {"std": scores[f"{metric}_std"]}
+    draws = [draw.get(metric) for draw in scores.get("scores_per_experiment", ())]
+    return {"std": float(np.std(draws))} if draws and None not in draws else {}
 
 
 def _protocol(task: AbsTask, splits: list[str]) -> Score:

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.report import (
+    _std,
     add_fidelity,
     check_baseline,
     compare,
@@ -102,6 +104,20 @@ def test_table() -> None:
         ["c", "Retrieval", "m", "40.00%", "30.00%", "75.0%"],
         ["mean of 3", "all", "", "56.67%", "52.00%", "90.0%"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "expected"),
+    [
+        ("f1", {"scores_per_experiment": [{"f1": 0.1, "accuracy": 0.5}, {"f1": 0.3, "accuracy": 0.5}]}, {"std": 0.1}),
+        ("ap", {"scores_per_experiment": [{"ap": None, "accuracy": 0.5}, {"ap": None, "accuracy": 0.7}]}, {}),
+        ("kendalltau", {"scores_per_experiment": [{"mse": 0.5}, {"mse": 0.7}]}, {}),
+        ("v_measure", {"v_measure": 0.5, "v_measure_std": 0.2}, {"std": 0.2}),
+        ("ndcg_at_10", {"ndcg_at_10": 0.5}, {}),
+    ],
+)
+def test_the_deviation_is_that_of_the_main_score(metric: str, scores: dict[str, Any], expected: dict[str, float]) -> None:
+    assert _std(SimpleNamespace(scores={"test": [scores]}), metric) == pytest.approx(expected)
 
 
 def test_fidelity_by_task(angles: SentenceTransformer, tmp_path: Path) -> None:
