@@ -224,7 +224,10 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
         qrels_path = _qrels(folder, split) or _find(folder, "qrels.tsv")
         relevant: dict[str, dict[str, int]] = defaultdict(dict)
         for row in read_tsv(qrels_path, ("query-id", "corpus-id", "score")):
-            relevant[row["query-id"]][row["corpus-id"]] = int(read_number(qrels_path, row["score"]))
+            grade = read_number(qrels_path, row["score"])
+            if not grade.is_integer():
+                raise ValueError(f"{qrels_path}: score {row['score']!r} is not a whole number, as grades are")
+            relevant[row["query-id"]][row["corpus-id"]] = int(grade)
         documents, questions = (read_jsonl(_find(folder, f"{n}.jsonl"), ("_id", "text")) for n in ("corpus", "queries"))
         corpus = [{"id": str(d["_id"]), "title": d.get("title") or "", "text": d["text"]} for d in documents]
         queries = [{"id": str(q["_id"]), "text": q["text"]} for q in questions]

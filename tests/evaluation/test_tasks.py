@@ -168,6 +168,10 @@ def test_the_revision_is_the_data(write: Write) -> None:
         ({"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES}, "holds no task with a split test or dev"),
         ({"corpus.jsonl": CORPUS, "qrels.tsv": QRELS}, "lacks queries.jsonl"),
         ({"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": QRELS.splitlines()[0] + "\n"}, "no row"),
+        (
+            {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": QRELS.replace("2\t2", "2\t0.5")},
+            r"qrels\.tsv: score '0\.5' is not a whole number",
+        ),
         ({"corpus.jsonl": CORPUS, "queries.jsonl": [{"_id": "y", "text": "t"}], "qrels.tsv": QRELS}, "names no query"),
         ({"test.tsv": STS, "task.json": '{"samples_per_label": 8}'}, "not an option of a STS task; allowed: no option"),
     ],
