@@ -292,10 +292,16 @@ class _TernaryProduct(torch.autograd.Function):
 
 
 def _integer_product(x: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``x @ codes.T`` of int8 matrices. Exact, but for one rounding of the result to ``dtype`` on a GPU."""
-    if x.is_cpu:
-        return torch._int_mm(x, codes.t())
-    return x.to(dtype) @ codes.t().to(dtype)
+    """``x @ codes.T`` of int8 matrices. Exact, but for the rounding of the sums to ``dtype`` on a GPU."""
+    return torch._int_mm(x, codes.t()) if x.is_cpu else _float_product(x, codes, dtype)
+
+
+def _float_product(x: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same by float matrices: every factor is exact in ``dtype``, a sum is rounded to it (from float32, by GPUs)."""
+    if dtype != torch.float16:
+        return x.to(dtype) @ codes.t().to(dtype)
+    # A sum may exceed 65504: 256 times smaller it does not. Not in float32, as autocast would cast that to float16.
+    return (x.to(dtype) / 256 @ codes.t().to(dtype)).float() * 256
 
 
 class FakeTernaryLinear(nn.Linear):

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ternary.modules import FakeQuantizedEmbedding, FakeTernaryLinear, QuantizedEmbedding, TernaryLinear
+from hf_ternary.modules import (
+    FakeQuantizedEmbedding,
+    FakeTernaryLinear,
+    QuantizedEmbedding,
+    TernaryLinear,
+    _float_product,
+)
 
 SHAPES = [(1, 1), (3, 5), (16, 8), (63, 17), (384, 40)]
 
@@ -168,6 +174,13 @@ def fake_quantized(x):
 
     codes, scale = quantize_activation(x.detach())
     return codes * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sums_of_integers_fit_every_dtype(dtype):
+    x, codes = torch.full((2, 600), 127, dtype=torch.int8), torch.ones(3, 600, dtype=torch.int8)
+    wanted = torch.full((2, 3), 127 * 600.0)  # above 65504, where float16 ends
+    torch.testing.assert_close(_float_product(x, codes, dtype).float(), wanted, rtol=0.01, atol=0)
 
 
 def test_strength_zero_is_the_float_weight():
