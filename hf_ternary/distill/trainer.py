@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -121,11 +120,13 @@ class DistillTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The trainer's, or one that halves the learning rate ``lr_halvings`` times, after equal numbers of steps."""
+        """The trainer's, or one that halves the learning rate ``lr_halvings`` times, after about equal numbers of steps."""
         if self.args.lr_halvings and self.lr_scheduler is None:
-            size = math.ceil(num_training_steps / (self.args.lr_halvings + 1))
-            optimizer = optimizer or self.create_optimizer()
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step // size))
+            halvings = self.args.lr_halvings
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.create_optimizer(),
+                lambda step: 0.5 ** min(halvings, step * (halvings + 1) // num_training_steps),
+            )
         return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(

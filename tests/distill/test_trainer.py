@@ -261,10 +261,10 @@ def launch_two_processes(run: dict[str, Any]) -> None:
 
 
 def test_the_learning_rate_is_halved_at_equal_intervals(options: Options):
-    run = options(lr_halvings=3, learning_rate=0.8, warmup_steps=0, logging_steps=1, max_steps=8)
+    run = options(lr_halvings=3, learning_rate=0.8, warmup_steps=0, logging_steps=1, max_steps=9)
     distill(DistillArguments(**run))
     rates = [entry["learning_rate"] for entry in log(run) if "learning_rate" in entry]
-    assert rates == [0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1]
+    assert rates == [0.8, 0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1]
 
 
 @pytest.mark.parametrize("learned_scale", [True, False])
