@@ -47,8 +47,9 @@ def relation_divergence(student: torch.Tensor, teacher: torch.Tensor, mask: torc
     """
     relations = []
     for x in (student, teacher):
-        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-        scores = (x @ x.transpose(-1, -2)).float() / x.shape[-1] ** 0.5
+        x = x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = x @ x.transpose(-1, -2) / x.shape[-1] ** 0.5
         relations.append(scores.masked_fill(~mask[:, None, None, :], -1e4))
     per_token = _divergence(relations[0], relations[1]).mean(1)
     return (per_token * mask).sum() / mask.sum()

@@ -56,6 +56,16 @@ def test_relation_divergence_does_not_see_padding_and_counts_every_real_token_on
     assert losses.relation_divergence(student, teacher, MASK, heads=2).item() == pytest.approx(sum(expected) / 4, rel=1e-5)
 
 
+def test_relations_are_compared_in_float32():
+    """Mixed precision gives the student's as float32, the teacher's as bfloat16."""
+    x = (2 + torch.randn(2, 3, 64) / 2).bfloat16()
+    y = x.roll(1, 0)
+    assert abs(losses.relation_divergence(x.float(), x, MASK, heads=2).item()) < 1e-6
+    wanted = losses.relation_divergence(x, y, MASK, heads=2).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert losses.relation_divergence(x, y, MASK, heads=2).item() == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["embedding_distance", "gram_error", "ranking_divergence"])
 def test_equal_embeddings_cost_nothing_and_others_something(name: str):
     loss = getattr(losses, name)
