@@ -6,7 +6,6 @@ Contenders take turns, so that a slow moment of the machine hits all alike; the 
 thread is timed by its CPU time, which other programs do not count in; several threads by the clock on the wall.
 """
 
-import ctypes
 import os
 import statistics
 import time
@@ -22,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_ternary import packing
+from hf_ternary.distill.run import keep_freed_memory
 from hf_ternary.evaluation.results import provenance, write_json
 from hf_ternary.ops import linear
 from hf_ternary.ops.backends import capabilities
@@ -49,7 +49,7 @@ def kernels(
 ) -> None:
     """One linear layer, float32 in and out: ternary beside torch's int8 and float32."""
     torch.manual_seed(seed)
-    keep_memory()
+    keep_freed_memory()  # else every large output is, or is not, fetched anew from the system, by chance
     shapes, rows = (SHAPES[:1], rows or [1, 64]) if quick else (SHAPES, rows or ROWS)
     cells = [(t, *shape, m) for t in threads or sorted({1, os.cpu_count() or 1}) for shape in shapes for m in rows]
     measured = [_measure(*cell, repeats) for cell in track(cells, "measuring", transient=True)]
@@ -79,14 +79,6 @@ def _measure(threads: int, in_features: int, out_features: int, rows: int, repea
             if name != OURS
         },
     }
-
-
-def keep_memory() -> None:
-    """Tell glibc to keep what is freed: else every large output is, or is not, fetched anew from the system, by chance."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(option, 2**31 - 1)
 
 
 def take_turns(
