@@ -40,27 +40,31 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a family of encoders computes, and one way in which transformers names its modules.
+    """One family of encoders: how it computes, and what transformers calls its modules and config entries.
 
-    Names of modules are relative to the base model, those of a layer to the layer. None: the family has no such thing.
+    A new family is a new instance in :data:`ARCHITECTURES`. Module names are relative to the base model, those of a layer to
+    the layer; None: the family has no such module.
 
     Attributes:
-        layer: pattern of a layer's name.
-        qkv, out, up, down: linear modules of a layer; several stand for one with all their outputs.
-        norms: of a layer, in the order of its forward: after both residual sums or, with ``pre_norm``, before both blocks.
-        pre_norm: norms leave the residual stream alone.
-        final_norm: after the last layer of a pre-norm encoder.
-        first_norm: whether a pre-norm encoder's first layer has its first norm.
-        scales: factors of what ``out`` and ``down`` give (layer scale).
-        gated: ``up`` gives two halves, and ``down`` reads activation(first half) * second half.
-        causal: tokens do not see later ones.
-        rotary: queries and keys are rotated by their positions, and config entries say which layers see a window only.
-        tokens, positions, types: tables that add up to the embeddings; ``tokens`` None: embedded tokens are the input.
-        norm: of the embeddings.
+        layer: name of a layer, with ``{}`` for its number.
+        qkv: modules that make queries, keys and values: three, or one that makes them side by side.
+        out: linear module after the attention.
+        up: first modules of the MLP; the outputs of several are put side by side.
+        down: last module of the MLP.
+        norms: a layer's two LayerNorms, in the order in which they run.
+        pre_norm: LayerNorms stand before attention and MLP; otherwise each follows a residual sum.
+        final_norm: LayerNorm after the last layer (pre-norm only).
+        first_norm: whether layer 0 has its first LayerNorm (pre-norm only; ModernBERT's has none).
+        scales: parameters that multiply the outputs of ``out`` and ``down`` (layer scale).
+        gated: ``up`` makes two halves; ``down`` reads activation(first half) * second half.
+        causal: a token sees only itself and earlier ones.
+        rotary: queries and keys are rotated by position (RoPE); ``layer_types`` in the config says which see a window.
+        tokens, positions, types: embedding tables, added up; ``tokens`` None: the input is embedded already (images).
+        norm: LayerNorm of the embeddings.
         bias: table of relative-position biases.
         hidden, heads, layers, activation, epsilon: names of config entries.
-        padding: config entry that holds the id from which positions count; None if positions are columns.
-        defaults: config entries that a config.json may leave out.
+        padding: config entry of the padding id, if positions are numbered from the id after it; None: by column.
+        defaults: values of config entries that config.json may leave out.
     """
 
     layer: str

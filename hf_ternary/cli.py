@@ -5,7 +5,6 @@ import random
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -316,16 +315,14 @@ def _load(model: str, config: TernaryConfig | None = None, device: str | None = 
     # float32: what the CPU's kernels read, whatever the checkpoint was saved in
     options: dict[str, Any] = {"quantization_config": config, "dtype": "float32"} if config else {}
     name = library_class(folder)
-    if name is None and config and not config.dequantize:  # to be saved again: keep the model's own class and head
+    if name is None and config:  # to be saved again: keep the model's own class and head
         import transformers
 
         architecture = (read_json(folder / "config.json").get("architectures") or ["AutoModel"])[0]
         return getattr(transformers, architecture, transformers.AutoModel).from_pretrained(model, **options)
     import sentence_transformers
 
-    with warnings.catch_warnings():  # that a packed model's own options win, except for `dequantize`, is what we want
-        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-        return getattr(sentence_transformers, name or "SentenceTransformer")(model, device=device, model_kwargs=options)
+    return getattr(sentence_transformers, name or "SentenceTransformer")(model, device=device, model_kwargs=options)
 
 
 def _check_device(device: str | None) -> None:

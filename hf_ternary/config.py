@@ -28,10 +28,9 @@ class TernaryConfig:
         weight_scheme: ``"optimal"``, the least-squares ternary approximation, or ``"absmean"``, the rule of Chen et al.
             (arXiv 2411.15438). See :mod:`hf_ternary.ternarize`.
         activation: ``"int8"`` quantizes the input of every ternary layer per token; ``None`` keeps it in floating point.
-        embedding_bits: bits of the token table: 8, 4, 2, or ``None`` for float, as all tables are then. Models without a
-            token table (vision) have nothing to quantize there.
-        position_bits: bits of the position table beside it, which is small and part of every token: 8, 4, 2, or ``None`` for
-            float.
+        embedding_bits: bits of a value in the token table: 8, 4 or 2; ``None`` keeps every table in floating point. Models
+            without a token table (vision) have nothing to quantize there.
+        position_bits: the same for every table of 128 rows or more beside it (positions); ``None`` keeps them in float.
         embedding_group_size: columns of an embedding row that share a scale; ``None`` is the whole row.
         modules_to_not_convert: modules that stay in floating point, as dotted names (``"encoder.layer.0"``), parts of them
             (``"query"``) or patterns (``"*.output.dense"``). ``None``, the default, keeps every Linear outside the
