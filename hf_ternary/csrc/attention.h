@@ -21,7 +21,7 @@ constexpr float kValueLevels = 2047.0f, kProbabilitySum = 0x1p19f, kProbabilityL
 constexpr float kOffsets[16] = {-0.46875f, 0.03125f, -0.21875f, 0.28125f, -0.34375f, 0.15625f, -0.09375f, 0.40625f,
                                 -0.40625f, 0.09375f, -0.15625f, 0.34375f, -0.28125f, 0.21875f, -0.03125f, 0.46875f};
 
-inline float query_levels(std::int64_t head_dim) { return head_dim <= 128 ? 4095.0f : 1448.0f; }  // up to 1024 columns
+inline float query_levels(std::int64_t head_dim) { return head_dim <= 128 ? 4095.0f : 1448.0f; }  // up to kWidestHead
 
 // How a vector x[n] becomes int16 codes: codes * scale ~ x. NaN, and no codes but zeros, if it holds a NaN or an infinity.
 struct Words {
@@ -55,7 +55,7 @@ void load_attention(const float* qkv, std::int64_t first, std::int64_t rows, con
   constexpr std::int64_t kLanes = Isa::kLanes;
   const std::int64_t d = out.head_dim, dim = out.dim, width = out.heads * d, pairs = dim / 2;
   const float levels = query_levels(d), root = kLog2E / square_root(static_cast<float>(d));
-  std::int16_t keys[kLanes][1024];
+  std::int16_t keys[kLanes][kWidestHead];
   Words values[kLanes];
   for (std::int64_t last = first + rows, count; first < last; first += count, qkv += count * 3 * width) {
     const std::int64_t panel = first / kLanes, lane = first % kLanes;

@@ -13,7 +13,6 @@ namespace {
 constexpr std::int64_t kSliceRows = 64;     // rows that pass through a layer together
 constexpr std::int64_t kBlockTokens = 128;  // tokens of a block, if its sequences are short
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 // Code i of a row of `kBits`-bit codes stands for (code - 2**(kBits - 1) + 1/2) * scale.

@@ -11,6 +11,9 @@ namespace hf_ternary {
 // Columns of one packed vector: each byte holds 4 codes, each 32-bit lane 4 bytes.
 constexpr std::int64_t kBlock = 16;
 
+// Columns of the widest head that attention takes: architectures.WIDEST_HEAD.
+constexpr std::int64_t kWidestHead = 1024;
+
 // What a kernel reads of a weight; packed_weight.h owns the memory and shows the layout.
 struct WeightView {
   std::int64_t outputs, inputs;      // N, K

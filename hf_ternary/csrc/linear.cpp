@@ -14,8 +14,6 @@ constexpr std::int64_t kChunkBytes = 256 << 10;    // int8 activations of one ch
 constexpr std::int64_t kStreamBytes = 2 << 20;     // outputs larger than this are written past the caches
 constexpr std::int64_t kWorkPerThread = 2 << 20;   // multiply-adds that take about as long as waking a thread
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 void linear(const PackedWeight& weight, const float* x, std::int64_t rows, const float* bias, float* y, int threads) {

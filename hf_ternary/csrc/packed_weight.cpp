@@ -12,8 +12,6 @@ namespace {
 constexpr std::int64_t kUnpackRows = 64;  // then unpacking a strip is a small part of its use
 constexpr std::uint32_t kZeros = 0xaaaaaaaa;  // 16 times 2, the stored code of the value 0
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // The stored codes of `count` (at most 16) columns from column k of a canonical row, column k in the lowest bits, then zeros.
 std::uint32_t read_codes(const std::uint8_t* row, std::int64_t row_bytes, std::int64_t k, std::int64_t count) {
   std::uint64_t bits = 0;

@@ -17,6 +17,8 @@
 
 namespace hf_ternary {
 
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 class PackedWeight {
  public:
   // codes uint8 [outputs, ceil(inputs / 4)] and scale float32 [outputs, groups], both dense; groups divides inputs.
