@@ -28,8 +28,8 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-WIDEST_HEAD = 1024
-BUCKETS = 32  # of the distances in MPNet
+WIDEST_HEAD = 1024  # kWidestHead in csrc/kernel.h
+BUCKETS, FARTHEST = 32, 128  # of the distances in MPNet, and from where on all are in one
 LONGEST, UNLIMITED = 2**17, 2**40  # tokens: of a table of rotations, and of anything
 Arrays = Mapping[str, np.ndarray]
 
@@ -108,9 +108,9 @@ _BERT = Architecture(
     down="output.dense",
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
     types="embeddings.token_type_embeddings",
-    defaults={**_SIZES, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 1},
+    defaults={**_SIZES, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
 )
-_ROBERTA = replace(_BERT, padding="pad_token_id")
+_ROBERTA = replace(_BERT, padding="pad_token_id", defaults={**_BERT.defaults, "pad_token_id": 1})
 _MPNET = replace(
     _BERT,
     qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
@@ -119,7 +119,7 @@ _MPNET = replace(
     types=None,
     bias="encoder.relative_attention_bias",
     padding="padding_idx",
-    defaults={**_SIZES, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "padding_idx": 1},
+    defaults={**_BERT.defaults, "padding_idx": 1},
 )
 _DISTILBERT = Architecture(
     layer="transformer.layer.{}",
@@ -496,13 +496,13 @@ def _stack(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def distance_buckets(reach: int, count: int = BUCKETS, farthest: int = 128) -> np.ndarray:
+def distance_buckets(reach: int) -> np.ndarray:
     """T5's buckets of the distances key - query from ``-reach`` to ``reach``: small ones exactly, then logarithmically."""
     distance = np.arange(-reach, reach + 1)
-    half = count // 2
+    half = BUCKETS // 2
     exact = half // 2
     n = np.abs(distance)
     with np.errstate(divide="ignore"):
-        large = np.log(n.astype(np.float32) / exact) / math.log(farthest / exact) * (half - exact)
+        large = np.log(n.astype(np.float32) / exact) / math.log(FARTHEST / exact) * (half - exact)
     bucket = np.where(n < exact, n, np.minimum(exact + np.maximum(large, 0).astype(np.int64), half - 1))
     return bucket + half * (distance > 0)

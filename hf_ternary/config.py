@@ -125,7 +125,7 @@ class TernaryConfig:
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
         choices = " or ".join(map(repr, allowed))
         raise ValueError(f"{name}={value!r} is not allowed: use {choices}")
 

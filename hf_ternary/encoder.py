@@ -298,7 +298,6 @@ class _State:
         if self.obstacle is not None:
             return
         config = module.config.to_dict()
-        config.setdefault("quantization_config", {})
         config["quantization_config"] = {"activation": _activation(modules)}
         config["padding_idx"] = getattr(module.embeddings, "padding_idx", None)
         tensors = {
