@@ -369,20 +369,20 @@ def losses() -> str:
 
 
 def calibration() -> str:
-    """One row a number of texts that the weights were fitted to, without training."""
+    """One row a number of texts that the weights were fitted to, without training: the layers, and the Dense layer too."""
     runs = [results(path.stem) for path in (ROOT / "recipes" / "results").glob("calibration-*.json")]
-    runs.sort(key=lambda run: run["options"]["calibration_texts"])
-    rows = [
-        [
-            f"{run['options']['calibration_texts']:,}",
-            f"{run['fidelity']['eval_cosine']:.3f}",
-            *(f"{100 * score['retention']:.1f} %" for score in run["scores"]),
-        ]
-        for run in runs
-    ]
+    found = {(run["options"]["calibration_texts"], bool(run["options"].get("dense"))): run for run in runs}
+
+    def cells(run: dict[str, Any]) -> list[str]:
+        return [f"{run['fidelity']['eval_cosine']:.3f}", *(f"{100 * score['retention']:.1f} %" for score in run["scores"])]
+
+    counts = sorted({texts for texts, _ in found})
+    rows = [[f"{texts:,}", *cells(found[texts, False]), *cells(found[texts, True])] for texts in counts]
     tasks = [f"{score['task']}, {score['metric']} kept" for score in runs[0]["scores"]]
-    note = f"Cosine on {runs[0]['texts']['held_out']} held-out texts, seed {runs[0]['seed']}, {setting(*runs)}."
-    return markdown(["texts", "cosine", *tasks], rows, note)
+    header = ["texts", "cosine", *tasks, "with the Dense layer: cosine", *tasks]
+    (held_out,), (seed,) = {run["texts"]["held_out"] for run in runs}, {run["seed"] for run in runs}
+    note = f"Cosine on {held_out} held-out texts, seed {seed}, {setting(*runs)}."
+    return markdown(header, rows, note)
 
 
 def _runs(kind: str) -> str:
