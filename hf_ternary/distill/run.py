@@ -96,7 +96,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         if args.init == "compensated" and not args.student:
             compensate(*encoders, batches)
         if args.dense and not complete:
-            with trainer.accelerator.autocast():  # float32 takes three times as long on a CPU
+            with trainer.accelerator.autocast():  # as the training computes
                 fit_dense(*encoders, batches)
     if args.fixed_codes:
         fix_codes(student)
@@ -169,7 +169,7 @@ def _images(teacher: SentenceTransformer, corpus: Corpus) -> tuple[Images, Image
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to give large freed blocks back to the system: the next step's page faults cost a third of its time.
+    """Tell glibc not to give large freed blocks back to the system: the next step would fault their pages in again.
 
     No-op with another C library.
     """
