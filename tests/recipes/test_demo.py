@@ -26,7 +26,7 @@ def test_the_demo_prints_its_table(tmp_path: Path):
     table = {name: [float(cell.split()[0]) for cell in cells] for name, *cells in filter(None, lines)}
     assert list(table) == ["float32, torch", "ternary, rounded", "ternary, distilled"]
     sizes, cosines, rates = zip(*table.values(), strict=True)
-    assert sizes[2] == sizes[1] < 0.11 * sizes[0]
+    assert sizes[1] < sizes[2] < 0.11 * sizes[0]  # the Dense layer
     assert cosines[1] + 0.1 < cosines[2] < cosines[0] == 1
     assert min(rates) > 0
     assert (tmp_path / "kept" / "model" / "model.safetensors").exists()
