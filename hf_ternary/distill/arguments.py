@@ -98,7 +98,8 @@ class DistillArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "a pooler may go unused"})
     push_to_hub: bool = field(default=False, metadata={"help": "upload the packed model to hub_model_id at the end"})
     report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, ..."})
-    seed: int = field(default=0, metadata={"help": "of every draw"})
+    seed: int = field(default=0, metadata={"help": "of every other draw"})
+    data_seed: int = field(default=0, metadata={"help": "of the batches: another one for a run that goes on from `student`"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
 """What texts and images have in common: a corpus from weighted sources, and batches of a fixed number of tokens.
 
-Everything is drawn from one seed and made anew when a run resumes, so a resumed run sees the same batches in the same order.
+Everything is drawn from seeds and made anew when a run resumes, so a resumed run sees the same batches in the same order.
 """
 
 import hashlib

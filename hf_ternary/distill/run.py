@@ -44,6 +44,7 @@ TRAINER_OPTIONS = (
     "gradient_accumulation_steps",
     "bf16",
     "seed",
+    "data_seed",
 )
 
 # What may change when a run goes on: its length, and how it is computed.

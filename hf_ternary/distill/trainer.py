@@ -60,7 +60,7 @@ class DistillTrainer(Trainer):
             args.batch_tokens,
             args.num_train_epochs,
             args.max_steps * accumulation,
-            args.seed,
+            args.data_seed,
             args.process_index,
             args.world_size,
         )
@@ -224,7 +224,7 @@ class DistillTrainer(Trainer):
 
     def calibration_batches(self, count: int) -> list[dict[str, Any]]:
         """This process's share of ``count`` texts drawn from all, in batches of 32 of about one length."""
-        chosen = np.random.default_rng(self.args.seed).permutation(len(self.train_data))[:count]
+        chosen = np.random.default_rng(self.args.data_seed).permutation(len(self.train_data))[:count]
         chosen = chosen[self.train_data.lengths[chosen].argsort()][self.args.process_index :: self.args.world_size]
         return [self._batch(self.train_data, chosen[index]) for index in by_length(self.train_data.lengths[chosen])]
 

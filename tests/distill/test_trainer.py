@@ -71,6 +71,20 @@ def test_a_run_makes_a_loadable_model_that_is_closer_to_the_teacher(options: Opt
     assert summary["fidelity"]["eval_cosine"] == pytest.approx(cosines[-1])
 
 
+def test_another_data_seed_orders_the_same_texts_anew(options: Options):
+    args = DistillArguments(**options())
+    teacher = load_teacher(args.teacher, args.max_length)
+    data = TokenizedTexts.of(make_texts(), teacher, args.max_length)
+
+    def first_batch(**changes: Any) -> list[int]:
+        args = DistillArguments(**options(**changes))
+        student = Encoder(make_student(teacher, args.ternary_config()))
+        trainer = DistillTrainer(student, Encoder(teacher), args, data, data, Collator(0))
+        return next(iter(trainer.batches))
+
+    assert first_batch() == first_batch() != first_batch(data_seed=1)
+
+
 KILL = """
 import json, os, signal, sys
 from hf_ternary.distill import DistillArguments, distill
