@@ -288,8 +288,10 @@ class _State:
         self._tables = [table for table in tables if table]
         self._empty = [table for table in tables if not table]  # most of them; they need no list in every call
         self._contents = self._read()
-        self._tensors = [v for v in self._contents if isinstance(v, torch.Tensor) and not v.is_inference()]
-        self._versions = [tensor._version for tensor in self._tensors]
+        self._tensors = [v for v in self._contents if type(v) in (torch.Tensor, nn.Parameter)]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._counted]
         devices = (value.device for value in self._contents if isinstance(value, torch.Tensor))
         self.device = next(devices, torch.device("cpu"))
         self.native: NativeEncoder | TritonEncoder | None = None
@@ -314,12 +316,17 @@ class _State:
             self.obstacle = str(error)
 
     def holds(self) -> bool:
-        """Whether no weight was changed or replaced, no module, and no hook, since. (Inference tensors do not tell.)"""
+        """Whether no weight was changed, moved or replaced, no module, and no hook, since.
+
+        Of inference tensors a change in place does not tell.
+        """
         if any(self._empty):
             return False
         contents = self._read()
         same = len(contents) == len(self._contents) and all(map(operator.is_, contents, self._contents))
-        return same and [tensor._version for tensor in self._tensors] == self._versions
+        # share_memory() and half() put other memory under the same parameter, and free what the encoder has borrowed.
+        same = same and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+        return same and [tensor._version for tensor in self._counted] == self._versions
 
     def _read(self) -> list[Any]:
         """Parameters, buffers, submodules, hooks, replaced forwards, and who trains."""

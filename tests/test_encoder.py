@@ -648,6 +648,16 @@ def test_a_changed_weight_is_noticed(bert: Any):
     assert_same_embeddings(bert, batch([5]))
 
 
+def test_weights_in_other_memory_are_noticed(bert: Any):
+    """share_memory(), which pools of processes call, and half() free what the encoder has borrowed."""
+    before, made = native(bert, batch([5])), encoder._state(bert)
+    bert.share_memory()
+    assert encoder._state(bert) is not made
+    assert torch.equal(native(bert, batch([5])), before)
+    falls_back(torch.nn.Module.half(bert), batch([5]))
+    native(torch.nn.Module.float(bert), batch([5]))
+
+
 def test_a_move_to_where_it_is_keeps_the_encoder(bert: Any):
     """sentence-transformers before 6 calls to() in every encode()."""
     native(bert, batch([5]))

@@ -269,6 +269,7 @@ def test_multi_process_pool(tiny_sentence_transformer):
 
     options = {"quantization_config": TernaryConfig(embedding_bits=4)}
     model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu", model_kwargs=options)
+    model.encode(SENTENCES)  # the pool then moves the weights that our encoder has borrowed
     pool = model.start_multi_process_pool(["cpu", "cpu"])
     try:
         embeddings = model.encode(SENTENCES, pool=pool, chunk_size=2)
