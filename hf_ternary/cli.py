@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .config import TernaryConfig
-from .files import model_folder, read_json
+from .files import check_writable, model_folder, read_json
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -204,6 +204,8 @@ def encode(
     if texts and input_file is not None:
         raise ValueError(f"both texts and --input {input_file} are given. Fix: give one of them")
     lines = texts or _read_texts(input_file or Path("-"))
+    if output is not None:
+        check_writable(output.parent)
     with err.status(f"Loading {model}"):
         embedder = _load(model, device=device)
         if not hasattr(embedder, "encode"):
@@ -214,6 +216,7 @@ def encode(
     if output is None:
         sys.stdout.writelines(_json_lines(lines, embeddings))
         return
+    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.partial")
     try:
         _write(partial, output.suffix, lines, embeddings)
@@ -423,9 +426,11 @@ def _embedder(model: Any, batch_size: int) -> Callable[[list[str]], Any]:
 
 
 def _count_tokens(model: Any, texts: list[str]) -> int:
+    if model.tokenizer is None:
+        raise ValueError("the model embeds no texts. Fix: give one that does")
     pairs = {} if hasattr(model, "encode") else {"text_pair": texts}
     limit = model.max_seq_length if hasattr(model, "max_seq_length") else model.max_length  # CrossEncoder before version 6
-    ids = model.tokenizer(texts, **pairs, truncation=True, max_length=limit)["input_ids"]
+    ids = model.tokenizer(texts, **pairs, truncation=True, max_length=min(limit, 2**31))["input_ids"]
     return sum(map(len, ids))
 
 

@@ -1,6 +1,7 @@
 """Finding and reading what lies in a model's folder, without torch."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ def model_folder(model: str, patterns: list[str], revision: str | None = None, *
             f"{model} is no folder, and no {wanted} by that name can be reached on the Hub ({type(error).__name__}). "
             "Fix: check the name, the connection, and for a private model `hf auth login`"
         ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """See, before hours of work, that ``folder`` is there or can be made, and takes files.
+
+    Raises:
+        ValueError: it does not.
+    """
+    folder = folder.expanduser().absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"no folder can be made in {there}, which is a file. Fix: choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written to {there}. Fix: choose a folder that you may write to")
 
 
 def read_json(file: Path, default: Any = None) -> Any:

@@ -27,14 +27,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import model_card
-from .files import read_json
+from .files import check_writable, read_json
 from .info import read_info
 from .modules import FakeQuantizedEmbedding, FakeTernaryLinear, QuantizedEmbedding, TernaryLinear
 
 logger = logging.getLogger(__name__)
 
-# What a model folder may hold; anything else in it is the user's and is never deleted.
-_MODEL_ENTRY = re.compile(r".+\.(json|safetensors|bin|txt|md|model|jinja|py)|\.gitattributes|(\w+_)?\d+_\w+|assets")
+# What libraries write into a model folder (1_Pooling, query_0_Dense); anything else is the user's and is never deleted.
+_MODEL_ENTRY = re.compile(
+    r".*(config\w*|vocab|tokens|tokens_map|merges|modules|tokenizer|template|\.index)\.(json|txt|jinja)"
+    r"|.+\.(safetensors|bin|model)|(configuration|modeling|tokenization|processing|custom)_\w+\.py"
+    r"|(\w+_)?\d{1,2}_[A-Z]\w+|(README|LICENSE)(\.\w+)?|\.gitattributes|assets"
+)
 
 # Weights of an earlier push that the new ones replace.
 _STALE_WEIGHTS = [f"{folder}{name}*" for folder in ("", "*/") for name in ("model*.safetensors", "pytorch_model*.bin")]
@@ -200,7 +204,8 @@ def check_target(path: str | Path) -> Path:
     """The absolute ``path``, if a model can be saved there; call it before hours of work that end in saving.
 
     Raises:
-        ValueError: a file, a folder above the working directory, or one that holds something that is no model.
+        ValueError: a file, a folder above the working directory, one that holds something that is no model, or no folder can
+            be made there.
     """
     target = Path(path).expanduser().resolve()
     if target.exists() and not target.is_dir():
@@ -216,6 +221,7 @@ def check_target(path: str | Path) -> Path:
             f"{target} also holds {foreign[0]!r}, which replacing the model would delete. Fix: move it, or choose "
             "another folder"
         )
+    check_writable(target.parent)
     return target
 
 

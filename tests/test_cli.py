@@ -239,6 +239,21 @@ def test_quantize_looks_at_the_destination_first(
     assert_is_one_line_error(result, tmp_path, "holds no model", "Fix")
 
 
+def test_no_work_is_done_for_an_output_that_cannot_be_written(
+    packed: Path, tiny_bert: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.setattr(cli, "_load", None)  # not to be reached
+    result = run("encode", packed, "a", "--output", tmp_path / "file" / "more" / "out.npy")
+    assert_is_one_line_error(result, "no folder can be made in", "file", "Fix")
+    assert_is_one_line_error(run("quantize", tiny_bert, tmp_path / "file" / "out"), "no folder can be made in", "Fix")
+
+
+def test_encode_makes_the_folder_of_its_output(packed: Path, run: Run, tmp_path: Path) -> None:
+    assert run("encode", packed, "a", "--output", tmp_path / "new" / "out.npy").status == 0
+    assert np.load(tmp_path / "new" / "out.npy").shape == (1, 32)
+
+
 def test_quantize_refuses_what_cannot_be_right(tiny_bert: Path, packed: Path, run: Run, tmp_path: Path) -> None:
     assert_is_one_line_error(run("quantize", packed, tmp_path / "out"), packed, "ternary already", "Fix")
     assert_is_one_line_error(run("quantize", tiny_bert, tiny_bert), tiny_bert, "Fix")
@@ -391,6 +406,11 @@ def test_bench_of_the_ternary_model_alone(packed: Path, run: Run, tmp_path: Path
     assert "float32" not in result.out
     assert "1.00x" not in result.out
     assert "2 texts, 13 tokens, batches of 7, 1 threads, median of 6 rounds" in result.out
+
+
+def test_bench_of_a_model_of_images(run: Run, tmp_path: Path) -> None:
+    assert run("quantize", save_tiny_vit(tmp_path / "vit"), tmp_path / "ternary").status == 0
+    assert_is_one_line_error(run("bench", tmp_path / "ternary"), "embeds no texts", "Fix")
 
 
 def test_bench_of_a_float_model(tiny_sentence_transformer: Path, run: Run) -> None:

@@ -157,7 +157,7 @@ def test_a_folder_of_other_things_is_refused(bert: nn.Module, tmp_path: Path) ->
     assert contents(tmp_path) == {"thesis.tex": b"precious"}
 
 
-@pytest.mark.parametrize("entry", ["checkpoint-500", ".git", "onnx"])
+@pytest.mark.parametrize("entry", ["checkpoint-500", ".git", "onnx", "2026_results", "notes.txt", "texts.json", "train.py"])
 def test_a_model_folder_with_more_in_it_is_refused(entry: str, bert: nn.Module, saved: Path) -> None:
     (saved / entry).mkdir()
     before = contents(saved)

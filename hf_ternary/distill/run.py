@@ -1,5 +1,6 @@
 """One distillation from start to end: teacher and texts or images in, packed model out."""
 
+import copy
 import ctypes
 import logging
 import os
@@ -66,6 +67,7 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         FloatingPointError: the loss became NaN or infinite; the message names the step and the inputs.
         OSError: a checkpoint or the model could not be written; the last whole checkpoint is intact. Or the Hub refused.
     """
+    args = copy.copy(args)  # some are set below
     keep_freed_memory()
     set_seed(args.seed)
     started = time.perf_counter()

@@ -294,12 +294,18 @@ class _Gradual(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a run. The state is written last: a folder without it was cut short and is removed."""
+    """The newest whole checkpoint of a run. The state is written last: a folder without it was cut short and is removed.
+
+    Raises:
+        ValueError: the checkpoints are no run's of :func:`claim`.
+    """
     found = []
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in folder.glob("checkpoint-[0-9]*"):
+        if not (folder / "run.json").exists():
+            raise ValueError(f"{checkpoint} is of a run that left no run.json. Fix: give another output_dir")
         try:
             found.append((json.loads((checkpoint / "trainer_state.json").read_text())["global_step"], checkpoint))
-        except (OSError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, KeyError):
             logger.warning("%s is not whole; it is removed", checkpoint)
             shutil.rmtree(checkpoint, ignore_errors=True)
     return str(max(found)[1]) if found else None
@@ -314,7 +320,7 @@ def claim(folder: Path, checkpoint: str | None, made_from: dict[str, Any], write
     now = json.loads(json.dumps(made_from))
     then = read_json(Path(checkpoint).parent / "run.json") if checkpoint else {}
     differ = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
-    if then and differ:
+    if checkpoint and differ:
         what = differ[0]
         raise ValueError(
             f"{checkpoint} is of a run with another {what}: {then.get(what)}, not {now.get(what)}. Fix: give the same, or "

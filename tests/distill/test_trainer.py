@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,27 @@ def test_a_checkpoint_of_another_run_is_refused(options: Options, teacher: Path,
         with pytest.raises(ValueError, match=rf"checkpoint-5 is of a run with another {told}.*Fix: .*another output_dir"):
             distill(DistillArguments(**{**run, "max_steps": 10, **changes}))
     distill(DistillArguments(**{**run, "max_steps": 10, "logging_steps": 2}))
+
+
+def test_checkpoints_of_another_program_are_left_alone(options: Options):
+    run = options(max_steps=2)
+    kept = [Path(run["output_dir"]) / name / "model.safetensors" for name in ("checkpoint-best", "checkpoint-500")]
+    for file in kept:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"checkpoint-500 is of a run that left no run.json. Fix: give another output_dir"):
+        distill(DistillArguments(**run))
+    assert all(file.read_bytes() == b"precious" for file in kept)
+    shutil.rmtree(kept[1].parent)
+    distill(DistillArguments(**run))
+    assert kept[0].exists()
+
+
+def test_arguments_stay_as_they_were_given(options: Options):
+    args = DistillArguments(**options(max_steps=-1, num_train_epochs=0.1))
+    before = args.to_dict()
+    distill(args)
+    assert args.to_dict() == before
 
 
 def test_tokens_count_every_batch_of_a_step(options: Options):
