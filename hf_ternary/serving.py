@@ -73,7 +73,7 @@ class Encoder:
         widths = [self._native.hidden, *(dense.dimension for dense in self._dense)]
         if widths[:-1] != [dense.inputs for dense in self._dense]:
             raise ValueError(f"{folder}: a Dense module reads another width than the module before it gives. {_RESAVE}")
-        self._tokenizer, self.max_seq_length = _tokenizer(transformer, config, self._native.longest)
+        self._tokenizer = _tokenizer(transformer, config, self._native.longest)
         options = read_json(folder / "config_sentence_transformers.json")
         # The first two are always there in sentence-transformers.
         self.prompts: dict[str, str] = {"query": "", "document": "", **(options.get("prompts") or {})}
@@ -83,6 +83,21 @@ class Encoder:
     def __reduce__(self) -> tuple[Any, ...]:
         # Where it is unpickled there may be other CPUs.
         return type(self), (self._folder, None if self.threads == self._default_threads else self.threads)
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens that a text is cut to."""
+        return self._truncation()["max_length"]
+
+    @max_seq_length.setter
+    def max_seq_length(self, length: int) -> None:
+        if not 2 < length <= self._native.longest:
+            raise ValueError(f"max_seq_length={length} is not allowed: use 3 to {self._native.longest} tokens")
+        self._tokenizer.enable_truncation(length, direction=self._truncation()["direction"])
+
+    def _truncation(self) -> dict[str, Any]:
+        assert self._tokenizer.truncation is not None
+        return self._tokenizer.truncation
 
     @property
     def dimension(self) -> int:
@@ -317,8 +332,8 @@ def _read(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
 _OTHER_TOKENS = ("processing_kwargs", "query_length", "document_length", "query_expansion")
 
 
-def _tokenizer(folder: Path, config: dict[str, Any], longest: int) -> tuple[Tokenizer, int]:
-    """The tokenizer, which cuts texts, and the most tokens that it lets pass: at most ``longest``."""
+def _tokenizer(folder: Path, config: dict[str, Any], longest: int) -> Tokenizer:
+    """The tokenizer, which cuts texts to the model's own limit, ``longest`` tokens at most."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UnsupportedError(f"{path} is missing; hf_ternary.load reads no other tokenizer. Fix: use SentenceTransformer")
@@ -340,6 +355,5 @@ def _tokenizer(folder: Path, config: dict[str, Any], longest: int) -> tuple[Toke
         rest = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = Normalizers([Lowercase(), *rest])
     tokenizer.no_padding()
-    length = min(int(length), longest)
-    tokenizer.enable_truncation(length, direction=told.get("truncation_side", "right"))
-    return tokenizer, length
+    tokenizer.enable_truncation(min(int(length), longest), direction=told.get("truncation_side", "right"))
+    return tokenizer

@@ -237,7 +237,8 @@ def embed_corpus(
     clock: Clock,
 ) -> tuple[Vectors, dict[str, Any]]:
     """Embeddings of length 1 [documents, dimensions] and what they cost, from the cache where it has them."""
-    key = hashlib.sha256(f"{stored['sha256']} {model.max_seq_length} {collection.fingerprint()}".encode()).hexdigest()[:16]
+    made_by = f"{stored['sha256']} {model} {model.prompts} {model.default_prompt_name} {model.truncate_dim}"
+    key = hashlib.sha256(f"{made_by} {collection.fingerprint()}".encode()).hexdigest()[:16]
     kept = cache and cache / f"{collection.name}-{key}.npz"
     if kept and kept.exists():
         with np.load(kept) as file:

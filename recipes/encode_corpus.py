@@ -70,7 +70,7 @@ def main(
         shards = math.ceil(len(texts) / shard_size)
         encoder = SentenceTransformer(model, device=str(state.device))
         if state.is_main_process:
-            _claim(output, {"weights": weights(model), **_describe(texts, columns), "shard_size": shard_size})
+            _claim(output, {**_describe_model(model, encoder), **_describe(texts, columns), "shard_size": shard_size})
         found = sum(_shard(output, number).exists() for number in range(shards))
         state.wait_for_everyone()
 
@@ -140,6 +140,13 @@ def _columns(texts: Dataset, wanted: list[str] | None) -> list[str]:
 def _join(rows: dict[str, list[str | None]], columns: list[str]) -> list[str]:
     """A text is its columns, joined by a blank, as MTEB joins title and text."""
     return [" ".join(filter(None, parts)).strip() for parts in zip(*(rows[name] for name in columns), strict=True)]
+
+
+def _describe_model(name: str, encoder: SentenceTransformer) -> dict[str, Any]:
+    """What decides the embeddings of a text: weights, modules with their options, and prompts."""
+    if not (stored := weights(name)):
+        raise ValueError(f"{name} has no weights that are known by a hash. Fix: save it with its save_pretrained")
+    return {"weights": stored, "modules": str(encoder), "prompts": encoder.prompts, "prompt": encoder.default_prompt_name}
 
 
 def _describe(texts: Dataset, columns: list[str]) -> dict[str, Any]:

@@ -167,6 +167,20 @@ def test_settings_of_sentence_transformers_count(tiny: Path):
     assert hf_ternary.load(tiny, threads=3).threads == 3
 
 
+def test_the_longest_text_can_be_set(tiny: Path):
+    from sentence_transformers import SentenceTransformer
+
+    ours, theirs = hf_ternary.load(tiny), SentenceTransformer(str(tiny), device="cpu")
+    before = ours.encode(TEXTS)
+    ours.max_seq_length = theirs.max_seq_length = 5
+    assert ours.max_seq_length == 5
+    np.testing.assert_allclose(ours.encode(TEXTS), theirs.encode(TEXTS), atol=1e-6)
+    assert not np.allclose(ours.encode(TEXTS), before, atol=1e-3)
+    for length in (2, 100_000):
+        with pytest.raises(ValueError, match=f"max_seq_length={length} is not allowed: use 3 to "):
+            ours.max_seq_length = length
+
+
 @pytest.mark.parametrize("normalize", [None, True, False])
 def test_truncated_embeddings(normalize: bool | None, tiny: Path, tmp_path: Path):
     from sentence_transformers import SentenceTransformer

@@ -8,7 +8,7 @@ computes from its own (as in GPTAQ, arXiv 2504.02692), so that errors do not add
 is added to the residual stream makes up for the error of that stream too, as far as its inputs tell.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -50,7 +50,7 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def calibrate(
-    model: str | Path, texts: Sequence[str], config: TernaryConfig | None = None, device: str | None = None
+    model: str | Path, texts: Iterable[str], config: TernaryConfig | None = None, device: str | None = None
 ) -> SentenceTransformer:
     """Ternarize an encoder of texts without training it: in minutes, and far closer to the original than rounding alone.
 
@@ -70,7 +70,7 @@ def calibrate(
     Raises:
         ValueError: no list of texts, or a model that cannot be a teacher (see :func:`.student.load_teacher`).
     """
-    if isinstance(texts, str) or not texts:
+    if isinstance(texts, str) or not (texts := list(texts)):
         raise ValueError(f"texts={texts!r} is no list of texts; give some hundreds of the kind that the model will embed")
     best = get_device_name()
     config, device = config or TernaryConfig(), device or ("cpu" if best == "mps" else best)

@@ -28,8 +28,8 @@ def load_teacher(name: str | Path, max_length: int | None = None, modality: str 
     :func:`pooling_mode` says.
 
     Raises:
-        ValueError: it is ternary already, has no transformer, does not embed ``modality``, or ``max_length`` exceeds its
-            own.
+        ValueError: it is ternary already, has an adapter or no transformer, does not embed ``modality``, or ``max_length``
+            exceeds its own.
         ImportError: sentence-transformers is too old for images.
     """
     version = sentence_transformers.__version__
@@ -41,6 +41,8 @@ def load_teacher(name: str | Path, max_length: int | None = None, modality: str 
     teacher = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": torch.float32})
     if not isinstance(getattr(teacher[0], "auto_model", None), PreTrainedModel):
         raise ValueError(f"teacher {name} has no transformer (its first module is {type(teacher[0]).__name__})")
+    if getattr(transformer_of(teacher), "peft_config", None):
+        raise ValueError(f"teacher {name} has an adapter. Fix: merge it (PEFT's merge_and_unload) and save the whole model")
     quantization = getattr(transformer_of(teacher).config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method

@@ -139,9 +139,11 @@ class TokenizedTexts(Dataset[dict[str, Any]]):
 
     @classmethod
     def of(cls, texts: Sequence[str], teacher: SentenceTransformer, max_length: int | None = None) -> "TokenizedTexts":
-        """As ``teacher`` tokenizes them, cut to its own limit unless ``max_length`` says otherwise."""
+        """As ``teacher`` tokenizes them, cut to its own limit (512 if it has none) unless ``max_length`` says otherwise."""
         rows = cast(nn.Embedding, transformer_of(teacher).get_input_embeddings()).num_embeddings
-        return cls(texts, teacher.tokenizer, max_length or teacher.max_seq_length or 512, rows)
+        own = teacher.max_seq_length
+        limit = own if own and own < 2**31 else 512  # a tokenizer that knows no limit says 10 ** 30
+        return cls(texts, teacher.tokenizer, max_length or limit, rows)
 
     def __len__(self) -> int:
         return len(self.lengths)

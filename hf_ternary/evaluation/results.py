@@ -50,7 +50,7 @@ def provenance(seed: int | None = None, packages: tuple[str, ...] = PACKAGES) ->
 
 
 def weights(model: str | Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a model's safetensors files; empty where it has none.
+    """Size in bytes and SHA-256 of a model's safetensors files, or its ``.bin`` files without any; empty where it has none.
 
     Args:
         model: a folder, one file of any kind, or the Hub id of a model that is in the local cache.
@@ -58,7 +58,7 @@ def weights(model: str | Path) -> dict[str, Any]:
     path = Path(model)
     if not path.exists():
         path = _cached(str(model))
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors")) or sorted(path.rglob("pytorch_model*.bin"))
     if not files:
         return {}
     digest = hashlib.sha256()

@@ -3,6 +3,7 @@ import gc
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -207,6 +208,15 @@ def test_calibrated_without_training(teacher: Path, tmp_path: Path):
     wanted, got, plain = (each.encode(texts[160:], convert_to_tensor=True) for each in (original, saved, rounded))
     assert 1 - F.cosine_similarity(got, wanted).mean() < 0.8 * (1 - F.cosine_similarity(plain, wanted).mean())
     assert torch.equal(got, model.encode(texts[160:], convert_to_tensor=True))
+
+
+def test_texts_may_be_an_array_or_an_iterator(teacher: Path):
+    texts = make_texts(8)
+    expected, *others = [calibrate(teacher, each, device="cpu") for each in (texts, np.array(texts), iter(texts))]
+    for other in others:
+        assert all(
+            torch.equal(a, b) for a, b in zip(expected.state_dict().values(), other.state_dict().values(), strict=True)
+        )
 
 
 def test_calibrates_on_the_cpu_where_the_best_device_has_no_float64(teacher: Path, monkeypatch: pytest.MonkeyPatch):

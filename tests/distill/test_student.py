@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from torch.nn import functional as F
@@ -114,6 +115,15 @@ def test_a_ternary_teacher_is_refused(tiny_sentence_transformer: Path, tmp_path:
     save_pretrained(pack_student(make_student(load_teacher(str(tiny_sentence_transformer)), config), config), tmp_path / "m")
     with pytest.raises(ValueError, match="is ternary already; distil from the full-precision model"):
         load_teacher(str(tmp_path / "m"))
+
+
+def test_a_teacher_with_an_adapter_is_refused(tiny_sentence_transformer: Path, tmp_path: Path):
+    model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    model.transformers_model.save_pretrained(str(tmp_path))
+    model.tokenizer.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="has an adapter. Fix: merge it"):
+        load_teacher(str(tmp_path))
 
 
 def test_images_need_a_newer_library(tiny_sentence_transformer: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from hf_ternary.distill.texts import Collator, TokenizedTexts, join_passages, read_corpus, read_texts
 from tests.conftest import tiny_tokenizer
@@ -140,6 +141,12 @@ def test_tokens_are_those_of_the_tokenizer():
 def test_a_text_of_a_megabyte_is_cut():
     tokenized = TokenizedTexts(["the cat " * 130_000, "a"], tiny_tokenizer(), 128, 200)
     assert tokenized.lengths.tolist() == [128, 3]
+
+
+def test_a_tokenizer_without_a_limit_cuts_at_512(tiny_sentence_transformer: Path):
+    teacher = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
+    teacher.max_seq_length = 10**30  # what the tokenizer of a T5 may say
+    assert TokenizedTexts.of(["cat " * 2000], teacher).lengths.tolist() == [512]
 
 
 def test_a_tokenizer_with_more_tokens_than_the_teacher_is_refused():

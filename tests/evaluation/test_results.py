@@ -72,6 +72,9 @@ def test_weights(tmp_path: Path) -> None:
     assert found["bytes"] == 2 * (tmp_path / "model.safetensors").stat().st_size
     save_file({"x": np.ones(100, np.float32)}, tmp_path / "model.safetensors")
     assert weights(tmp_path)["sha256"] != found["sha256"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"weights")
+    assert weights(tmp_path / "old") == {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
     (tmp_path / "int8.onnx").write_bytes(b"onnx")
     assert weights(tmp_path / "int8.onnx") == {"bytes": 4, "sha256": hashlib.sha256(b"onnx").hexdigest()}
 

@@ -164,3 +164,23 @@ def test_another_corpus_is_refused(model: Path, corpus: Path, tmp_path: Path) ->
     assert "is there already" in run(model, corpus, tmp_path / "out", *options)
     options[1] = 400
     assert "shard_size differ" in run(model, corpus, tmp_path / "out", *options, code=2)
+
+
+def test_another_prompt_or_pooling_is_refused(model: Path, corpus: Path, tmp_path: Path) -> None:
+    options = ["--shard-size", 500, "--index", "IVF2,Flat"]
+    run(model, corpus, tmp_path / "out", *options)
+    for change, told in (("prompts", "prompts differ"), ("pooling", "modules differ")):
+        other = SentenceTransformer(str(model), device="cpu")
+        if change == "prompts":
+            other.prompts = {"document": "passage: "}
+        else:
+            other[1].pooling_mode = "cls"
+        other.save_pretrained(str(tmp_path / change))
+        assert told in run(tmp_path / change, corpus, tmp_path / "out", *options, code=2)
+
+
+def test_a_model_without_a_hash_is_refused(
+    model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_corpus, "weights", lambda name: {})
+    assert "no weights that are known by a hash" in run(model, corpus, tmp_path / "out", code=2)
