@@ -70,7 +70,7 @@ def settings(named: dict[str, dict[str, Any]]) -> str:
     for name, result in named.items():
         groups.setdefault(_where(result), []).append(name)
     told = {where: setting(*(named[name] for name in names)) for where, names in groups.items()}
-    return "; ".join(f"{', '.join(groups[w])}: {text}" if len(told) > 1 else text for w, text in told.items())
+    return "; ".join(f"{' / '.join(groups[w])}: {text}" if len(told) > 1 else text for w, text in told.items())
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -83,8 +83,33 @@ def kept(mean: dict[str, float]) -> float:
     return mean["score"] / mean["baseline"]
 
 
+def headline() -> str:
+    """What the published models keep, how small they are, and how fast beside int8."""
+
+    def told(name: str) -> str:
+        teacher, student = results(f"eval-{name}"), results(f"eval-{name}-ternary")
+        sizes = f"{megabytes(student['weights'])} MB instead of {megabytes(teacher['weights'])}"
+        return f"{name} in {sizes} keeps {100 * kept(student['summary']['all']):.1f} %"
+
+    run = max(results("encoder-all-MiniLM-L6-v2")["runs"], key=lambda run: run["threads"])
+    query = next(c["milliseconds"] for c in run["contenders"] if c["name"] == "ternary")["query"]["median"]
+    gain = [f"{times:.1f}" for times in gains(run)]
+    tasks = results("eval-all-MiniLM-L6-v2-ternary")["summary"]["all"]["tasks"]
+    return (
+        f"**{told('all-MiniLM-L6-v2')} of its mean score on {tasks} tasks** and embeds a query in {query:.2f} ms on "
+        f"{run['threads']} threads of a CPU, {gain[0]} times as fast as the best int8 of ONNX Runtime, OpenVINO and "
+        f"CTranslate2 (sentences {gain[1]}, passages {gain[2]} times: [table](#speed)). {told('all-mpnet-base-v2')}.\n"
+    )
+
+
+def gains(run: dict[str, Any]) -> list[float]:
+    """How much faster than the best int8 of the runtimes, one a workload."""
+    peers = [c for c in run["contenders"] if c["runtime"] in ("onnxruntime", "openvino", "ctranslate2")]
+    return [min(c["times_slower"][name]["median"] for c in peers) for name in ("query", "short", "passage")]
+
+
 def summary() -> str:
-    """Size and quality of the published models beside their teachers and other ways to make one small; speed beside int8."""
+    """Size and quality of the published models beside their teachers and other ways to make one small."""
     teacher, student = results("eval-all-MiniLM-L6-v2"), results("eval-all-MiniLM-L6-v2-ternary")
     larger, larger_student = results("eval-all-mpnet-base-v2"), results("eval-all-mpnet-base-v2-ternary")
     kinds = student["summary"]
@@ -117,7 +142,7 @@ def summary() -> str:
         f"{shares(search)} %. None of them was kept unseen while the recipe was made. Calibrated: on "
         f"{calibrated['calibration']['texts']:,} texts, without training; ternary with "
         f"`{calibrated['calibration']['config']}`; static: the teacher's token embeddings in float32, distilled by "
-        f"model2vec {static['static']['model2vec']} and not trained. {measured}. {speed_in_short()}"
+        f"model2vec {static['static']['model2vec']} and not trained. {measured}."
     )
     return markdown(["", "weights", *(f"{name} ({k['tasks']})" for name, k in kinds.items())], rows, note)
 
@@ -130,30 +155,6 @@ def beside_the_teacher(name: str, teacher: dict[str, Any], student: dict[str, An
         ["ternary, distilled", f"{sizes[1] / 1e6:.1f} MB", *(f"{100 * k['score']:.1f}" for k in kinds)],
         ["kept", f"{sizes[1] / sizes[0]:.3f}x", *(f"{100 * kept(k):.1f} %" for k in kinds)],
     ]
-
-
-def speed_in_short() -> str:
-    """How much faster than the best int8 of the runtimes, with as many threads as measured and with one."""
-    runs = sorted(results("encoder-all-MiniLM-L6-v2")["runs"], key=lambda run: -run["threads"])
-    work = "query", "short", "passage"
-
-    def gains(run: dict[str, Any]) -> list[float]:
-        peers = [c for c in run["contenders"] if c["runtime"] in ("onnxruntime", "openvino", "ctranslate2")]
-        return [min(c["times_slower"][name]["median"] for c in peers) for name in work]
-
-    most, gain, one = runs[0], gains(runs[0]), gains(runs[-1])
-    contenders = {c["name"]: c["milliseconds"] for c in most["contenders"]}
-    around = contenders["ternary, sentence-transformers"]
-    others = [contenders[c["name"]] for c in most["contenders"] if c["runtime"] == "sentence_transformers_onnx"]
-    there = [min(other[name]["median"] for other in others) / around[name]["median"] for name in work]
-    milliseconds = contenders["ternary"]["query"]["median"]
-    return (
-        f"By `hf_ternary.load` a query to all-MiniLM-L6-v2 takes {milliseconds:.2f} ms on {most['threads']} threads, "
-        f"{gain[0]:.1f} times as fast as the best int8 of ONNX Runtime, OpenVINO and CTranslate2; short sentences "
-        f"{gain[1]:.1f}, passages {gain[2]:.1f} times (on one thread {one[0]:.1f}, {one[1]:.1f} and {one[2]:.1f}). Through "
-        f"sentence-transformers, {there[0]:.1f}, {there[1]:.1f} and {there[2]:.1f} times as fast as ONNX Runtime's there "
-        "([table](#speed))."
-    )
 
 
 def tasks() -> str:
@@ -217,36 +218,52 @@ def kernels() -> str:
 def encoder() -> str:
     """Whole encoders with all threads: speed, start-up, memory, size and fidelity of each contender."""
     result = results("encoder-all-MiniLM-L6-v2")
-    alone, run = (f(result["runs"], key=lambda run: run["threads"]) for f in (min, max))
-    work = result["workloads"]
+    run, work = max(result["runs"], key=lambda run: run["threads"]), result["workloads"]
 
     training = results("distill-all-MiniLM-L6-v2-ternary")
     sources = {source["source"] for run in (*training["earlier"], training) for source in run["sources"]}
-    other = " The model was distilled on such texts too." if "python_doc.jsonl.gz" in sources else ""
+    other = ", on the like of which it was distilled" if "python_doc.jsonl.gz" in sources else ""
     if result["weights"] != results("eval-all-MiniLM-L6-v2-ternary")["weights"]:
-        other = " These weights are of an earlier training."
+        other = ". These weights are of an earlier training"
     lengths = [f"{workload['tokens'] / workload['texts']:.0f}" for workload in work.values()]
-    shares = of_the_limit(run)
-    times = [run["gmacs"][name] / alone["gmacs"][name] for name in work]
+    note = (
+        f"One query, {work['short']['texts']:,} sentences, {work['passage']['texts']} passages, of {', '.join(lengths[:2])} "
+        f"and {lengths[2]} tokens on average, tokenizer included; in brackets, times as slow as ternary. Start: to the "
+        f"first embedding of a fresh process. Cosine to the float32 model on these texts{other}. {run['threads']} threads, "
+        f"{setting(result)}; [more](recipes/README.md#speed-of-a-whole-encoder)."
+    )
+    return markdown(ENCODER, contenders(run, work), note)
+
+
+def encoder_method() -> str:
+    """How the table of :func:`encoder` was measured, and what else it found."""
+    result = results("encoder-all-MiniLM-L6-v2")
+    alone, run = (f(result["runs"], key=lambda run: run["threads"]) for f in (min, max))
+    times = [run["gmacs"][name] / alone["gmacs"][name] for name in result["workloads"]]
     slower = [
         f"{two['name']} ({one['milliseconds']['query']['median']:.2f} ms on one)"
         for one, two in zip(alone["contenders"], run["contenders"], strict=True)
         if two["milliseconds"]["query"]["median"] > 1.2 * one["milliseconds"]["query"]["median"]
     ]
-    note = (
-        f"One query, {work['short']['texts']:,} sentences, {work['passage']['texts']} passages, of {', '.join(lengths[:2])} "
-        f"and {lengths[2]} tokens on average, tokenizer included; in brackets, times as slow as ternary, the median of "
-        f"{result['rounds']} turns that differ by up to {spread(run)}. Start (to the first embedding) and peak memory are "
-        f"of fresh processes, medians of {result['starts']}. Cosine to the float32 model on these texts, from Python's "
-        f"documentation.{other} Rows without sentence-transformers use `tokenizers`, the runtime and numpy; they pad "
-        "batches of 32 sentences or 16 passages of about one length, and OpenVINO has one stream and its latency hint"
-        f"{st_onnx(result)}. A query is slower on {run['threads']} threads than on one with {', '.join(slower) or 'none'}. "
-        f"The linear layers' multiply-adds over the whole time are {', '.join(shares[:2])} and {shares[2]} of the "
-        "processor's int8 peak. float32 is torch's, whose MKL does not take its AVX-512 path on AMD's processors. "
-        f"{run['threads']} threads, {times[0]:.2f}, {times[1]:.2f} and {times[2]:.2f} times as fast as {alone['threads']}; "
-        f"{setting(result)}."
+    named = {c["name"]: c["milliseconds"] for c in run["contenders"]}
+    others = [named[c["name"]] for c in run["contenders"] if c["runtime"] == "sentence_transformers_onnx"]
+    around = named["ternary, sentence-transformers"]
+    there = [min(other[name]["median"] for other in others) / around[name]["median"] for name in result["workloads"]]
+    one = gains(alone)
+    return (
+        f"- Medians of {result['rounds']} turns that differ by up to {spread(run)}; start and peak memory of fresh "
+        f"processes, medians of {result['starts']}.\n"
+        f"- On one thread ternary is {one[0]:.1f}, {one[1]:.1f} and {one[2]:.1f} times as fast as the best int8 there; "
+        f"{run['threads']} threads are {times[0]:.2f}, {times[1]:.2f} and {times[2]:.2f} times as fast as one. Slower on "
+        f"more threads is a query with {', '.join(slower) or 'none'}.\n"
+        f"- Both through sentence-transformers, ternary is {there[0]:.1f}, {there[1]:.1f} and {there[2]:.1f} times as fast "
+        "as ONNX Runtime.\n"
+        "- Rows without sentence-transformers use `tokenizers`, the runtime and numpy; they pad batches of 32 sentences or "
+        f"16 passages of about one length, and OpenVINO has one stream and its latency hint{st_onnx(result)}.\n"
+        f"- The linear layers' multiply-adds over the whole time are {', '.join(of_the_limit(run)[:2])} and "
+        f"{of_the_limit(run)[2]} of the processor's int8 peak.\n"
+        "- float32 is torch's, whose MKL does not take its AVX-512 path on AMD's processors.\n"
     )
-    return markdown(ENCODER, contenders(run, work), note)
 
 
 def st_onnx(result: dict[str, Any]) -> str:
@@ -543,10 +560,12 @@ def lora() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
+        headline,
         summary,
         tasks,
         kernels,
         encoder,
+        encoder_method,
         mpnet_encoder,
         image_encoder,
         images,
