@@ -58,6 +58,9 @@ class DistillArguments(TrainingArguments):
     calibration_texts: int = field(
         default=256, metadata={"help": "texts or images that a compensated start and the Dense layer are fitted to"}
     )
+    dense_texts: int = field(
+        default=0, metadata={"help": "texts or images that the Dense layer is fitted to once more after the last step"}
+    )
     gradual: float = field(default=0.0, metadata={"help": "share of the steps over which weights become ternary"})
     learned_scale: bool = field(default=True, metadata={"help": "train the scales, else they follow the weights"})
     scale_learning_rate: float | None = field(default=None, metadata={"help": "of learned scales [default: learning_rate]"})
@@ -125,6 +128,8 @@ class DistillArguments(TrainingArguments):
             raise ValueError("group_size='tensor' needs learned_scale: false and init: rounded, which fit no scale to a row")
         if self.calibration_texts < 1:
             raise ValueError(f"calibration_texts={self.calibration_texts} is not allowed: use 1 or more")
+        if self.dense_texts < 0 or (self.dense_texts and not self.dense):
+            raise ValueError(f"dense_texts={self.dense_texts} is not allowed: use 0 or more, with dense: true")
         if self.lr_halvings < 0:
             raise ValueError(f"lr_halvings={self.lr_halvings} is not allowed: use 0 or more")
         if self.lr_halvings and self.warmup_steps:

@@ -27,7 +27,7 @@ from ..config import TernaryConfig
 from ..modules import FakeTernaryLinear
 from ..ternarize import dequantize, quantize_activation, ternary_codes, ternary_scale
 from .data import by_length
-from .student import Encoder, add_dense, load_teacher, make_student, pack_student, ternary_layers
+from .student import Encoder, add_dense, dense_of, load_teacher, make_student, pack_student, ternary_layers
 from .texts import Collator, TokenizedTexts
 
 # Added to the diagonal of the Hessian, as a share of its mean: GPTQ's default times twenty, as few texts are enough then.
@@ -118,28 +118,30 @@ def compensate(student: Encoder, teacher: Encoder, batches: Iterable[dict[str, A
 def fit_dense(student: Encoder, teacher: Encoder, batches: Iterable[dict[str, Any]]) -> None:
     """Let the Dense module behind the student's pooling make up for what is linear in the error of its embeddings, in place.
 
-    Ridge regression of the teacher's pooled embeddings on the student's, towards changing nothing. Its strength is that of
+    Ridge regression of the error of the student's embeddings on what the module reads. Its strength is that of
     :data:`RIDGES` which does best when each half of the inputs is predicted from the other; where none does better than
-    nothing, nothing is changed. The same relative error weighs the same in every input. A Dense module of the teacher's own
-    is multiplied by what is found.
+    nothing, nothing is changed. The same relative error weighs the same in every input. Embeddings are compared before an
+    activation function.
 
     Args:
-        student: with :func:`.student.add_dense`.
+        student: with :func:`.student.add_dense`, new or trained.
         teacher: the same encoder in full precision.
         batches: inputs of both, best ten times as many as an embedding has dimensions; of several processes, each gives its
             own.
     """
-    linear = add_dense(student.model).linear
-    width = linear.in_features
-    # Of each half of the batches: x x', [width + 1, width + 1], and x (t - x)', [width + 1, width], x followed by a 1.
-    squares, errors = (torch.zeros((2, width + 1, columns), device=linear.weight.device) for columns in (width + 1, width))
+    linear, own = add_dense(student.model).linear, dense_of(teacher.model)
+    width, device = linear.in_features, linear.weight.device
+    # Of each half of the batches, of x with a 1 and errors e: x x', [width + 1, width + 1], and x e', [width + 1, outputs].
+    squares, errors = (torch.zeros((2, width + 1, columns), device=device) for columns in (width + 1, linear.out_features))
     for number, batch in enumerate(batches):
         x, t = student.pooled(**batch).float(), teacher.pooled(**batch).float()
-        one = torch.full_like(x[:, :1], linear.bias is not None)
-        length = t.norm(dim=1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
-        x, error = torch.cat([x, one], 1) / length, (t - x) / length
-        squares[number % 2] += x.t() @ x
-        errors[number % 2] += x.t() @ error
+        with torch.autocast(device.type, enabled=False):
+            t = t if own is None else own.linear(t)
+            length = t.norm(dim=1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
+            error = (t - linear(x)) / length
+            x = torch.cat([x, torch.full_like(x[:, :1], linear.bias is not None)], 1) / length
+            squares[number % 2] += x.t() @ x
+            errors[number % 2] += x.t() @ error
     squares, errors = (total.cpu().double() for total in reduce([squares, errors], "sum"))
     eye = torch.eye(width + 1, dtype=torch.float64)
     unit = width * eye * squares.sum(0).diagonal()[:-1].mean() / squares.sum(0)[-1, -1].clamp_min(1)
@@ -154,9 +156,9 @@ def fit_dense(student: Encoder, teacher: Encoder, batches: Iterable[dict[str, An
     best = max(RIDGES, key=gain)
     if gain(best) > 0:
         change = solve(squares.sum(0), errors.sum(0), best).t().to(linear.weight)
+        linear.weight += change[:, :-1]
         if linear.bias is not None:
-            linear.bias += linear.weight @ change[:, -1]
-        linear.weight += linear.weight @ change[:, :-1]
+            linear.bias += change[:, -1]
 
 
 def _in_order(student: Encoder, batch: dict[str, Any]) -> tuple[list[list[str]], set[str]]:

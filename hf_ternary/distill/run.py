@@ -49,7 +49,7 @@ TRAINER_OPTIONS = (
 )
 
 # What may change when a run goes on: its length, and how it is computed.
-CHANGEABLE = ("max_steps", "num_train_epochs", "attn_implementation", "calibration_texts")
+CHANGEABLE = ("max_steps", "num_train_epochs", "attn_implementation", "calibration_texts", "dense_texts")
 
 
 def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTransformer:
@@ -94,8 +94,9 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
         held_out,
         collate,
     )
+    encoders = trainer.student, trainer.teacher
     if checkpoint is None:
-        encoders, batches = (trainer.student, trainer.teacher), trainer.calibration_batches(args.calibration_texts)
+        batches = trainer.calibration_batches(args.calibration_texts)
         if args.init == "compensated" and not args.student:
             compensate(*encoders, batches)
         if args.dense and not complete:
@@ -104,8 +105,11 @@ def distill(args: DistillArguments, corpus: Corpus | None = None) -> SentenceTra
     if args.fixed_codes:
         fix_codes(student)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if args.dense_texts:
+        with trainer.accelerator.autocast():
+            fit_dense(*encoders, trainer.calibration_batches(args.dense_texts))
 
-    fidelity = _fidelity(trainer)
+    fidelity = trainer.evaluate() if args.dense_texts else _fidelity(trainer)
     if trainer.is_world_process_zero():
         try:
             plot(trainer.state.log_history, output / "health.png")

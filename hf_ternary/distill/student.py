@@ -176,10 +176,16 @@ def _behind_pooling(model: SentenceTransformer) -> int:
     return 1 + (len(model) > 1 and isinstance(model[1], Pooling))
 
 
+def dense_of(model: SentenceTransformer) -> Any:
+    """The Dense module behind the pooling of ``model``, or None."""
+    index = _behind_pooling(model)
+    return model[index] if len(model) > index and isinstance(model[index], Dense) else None
+
+
 def add_dense(model: SentenceTransformer) -> Any:
     """The Dense module behind the pooling of ``model``; if there is none, one that changes nothing is put there."""
     index = _behind_pooling(model)
-    if len(model) == index or not isinstance(model[index], Dense):
+    if dense_of(model) is None:
         width = cast(Any, model[index - 1]).get_embedding_dimension()
         dense = Dense(
             width, width, activation_function=nn.Identity(), init_weight=torch.eye(width), init_bias=torch.zeros(width)

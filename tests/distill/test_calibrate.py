@@ -182,7 +182,7 @@ def test_dense_layer_makes_up_for_a_linear_error_and_does_no_harm_on_few_texts(t
     assert 1 - cosine(encoders, unseen) <= (1 - least) * (1 - before)
 
 
-def test_dense_layer_of_the_teacher_is_kept_and_multiplied(teacher: Path, tmp_path: Path):
+def test_dense_layer_of_the_teacher_is_kept_and_fitted(teacher: Path, tmp_path: Path):
     original = SentenceTransformer(str(teacher), device="cpu")
     dense = add_dense(original)
     torch.nn.init.orthogonal_(dense.linear.weight)

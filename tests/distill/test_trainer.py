@@ -211,6 +211,20 @@ def test_a_checkpoint_of_another_run_is_refused(options: Options, teacher: Path,
     distill(DistillArguments(**{**run, "max_steps": 10, "logging_steps": 2}))
 
 
+def test_the_dense_layer_is_fitted_once_more_to_more_texts(options: Options):
+    """And a run that had ended without that gets it when the same command is given with it."""
+    run = options(learning_rate=0.0, max_steps=2, eval_steps=1, save_steps=2, calibration_texts=8)
+    distill(DistillArguments(**run))
+    before = [entry["eval_cosine"] for entry in log(run) if "eval_cosine" in entry][-1]
+    packed = distill(DistillArguments(**run, dense_texts=360))
+    summary = json.loads((Path(run["output_dir"]) / "summary.json").read_text())
+    assert 1 - summary["fidelity"]["eval_cosine"] < 0.95 * (1 - before)
+    assert summary["curve"][-1]["eval_cosine"] == summary["fidelity"]["eval_cosine"]
+    held_out = packed.encode(SENTENCES, convert_to_tensor=True)
+    saved = SentenceTransformer(str(Path(run["output_dir"]) / "model"), device="cpu")
+    assert torch.allclose(saved.encode(SENTENCES, convert_to_tensor=True), held_out, atol=1e-5)
+
+
 def test_checkpoints_of_another_program_are_left_alone(options: Options):
     run = options(max_steps=2)
     kept = [Path(run["output_dir"]) / name / "model.safetensors" for name in ("checkpoint-best", "checkpoint-500")]
@@ -451,6 +465,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
         ({"layers": 3}, "layers=3 is no list"),
         ({"passage_words": 40}, "passage_words=40 is no list"),
         ({"calibration_texts": 0}, "calibration_texts=0"),
+        ({"dense_texts": -1}, "dense_texts=-1"),
+        ({"dense_texts": 9, "dense": False}, "dense_texts=9 is not allowed: use 0 or more, with dense: true"),
         ({"embedding_bits": 3}, "embedding_bits=3"),
         ({"layers": [7]}, "layers"),
         ({"per_device_train_batch_size": 16}, "give batch_tokens"),
