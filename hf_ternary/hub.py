@@ -54,6 +54,7 @@ def save_pretrained(
     base_model: str | None = None,
     results: str | Path | None = None,
     training: str | Path | dict[str, Any] | None = None,
+    token: str | bool | None = None,
 ) -> Path:
     """Save a packed model with a card. An interrupted or failed save leaves what was at ``path`` before.
 
@@ -64,6 +65,7 @@ def save_pretrained(
         base_model: Hub id of the full-precision model; by default where ``model`` was loaded from.
         results: results JSON of ``recipes/evaluate.py`` measured on these weights, for the card.
         training: ``summary.json`` of the distillation that made these weights, for the card, or its content.
+        token: Hub token with which the card looks ``base_model`` up; default: the one that is logged in.
 
     Returns:
         The folder.
@@ -72,18 +74,6 @@ def save_pretrained(
         ValueError: the model is not packed, or ``path`` cannot or must not be replaced.
         OSError: writing failed, as on a full disk.
     """
-    return _save(model, path, tokenizer, base_model, results, training)
-
-
-def _save(
-    model: nn.Module,
-    path: str | Path,
-    tokenizer: Any,
-    base_model: str | None,
-    results: str | Path | None,
-    training: str | Path | dict[str, Any] | None,
-    token: str | bool | None = None,
-) -> Path:
     _check_model(model)
     target = check_target(path)
     with _replacing(target) as folder:
@@ -92,7 +82,10 @@ def _save(
             _verify(model, folder)
         except SafetensorError as error:
             raise OSError(f"{target} could not be written: {error}. What was there before is unchanged") from error
-        _create_card(model, folder, target.name, base_model, results, training, token).save(folder / "README.md")
+        config = getattr(model, "config", None)  # a SentenceTransformer's is that of its transformers model
+        source = getattr(config, "_name_or_path", None) or None
+        card = model_card.create(folder, target.name, base_model, source, results, training, token)
+        card.save(folder / "README.md")
     return target
 
 
@@ -156,7 +149,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
         if isinstance(model, nn.Module):
-            _save(model, folder, tokenizer, base_model, results, training, token)
+            save_pretrained(model, folder, tokenizer, base_model, results, training, token)
         else:
             source = Path(model).expanduser().resolve()
             read_info(source)
@@ -321,17 +314,3 @@ def _verify(model: nn.Module, folder: Path) -> None:
             f"{type(model).__name__} was not saved whole: {written.total():,} of its {expected.total():,} packed rows are "
             "in the files. Fix: save a model that from_pretrained loaded, without adapters"
         )
-
-
-def _create_card(
-    model: nn.Module,
-    folder: Path,
-    name: str,
-    base_model: str | None,
-    results: str | Path | None,
-    training: str | Path | dict[str, Any] | None,
-    token: str | bool | None,
-) -> model_card.ModelCard:
-    config = getattr(model, "config", None)  # a SentenceTransformer's is that of its transformers model
-    source = getattr(config, "_name_or_path", None) or None
-    return model_card.create(folder, name, base_model, source, results, training, token)
