@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .config import TernaryConfig
-from .files import check_writable, model_folder, read_json
+from .files import check_writable, is_ternary, library_class, model_folder, read_config, read_json
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def quantize(
     )
     with err.status(f"Reading {src}"):
         from .hub import check_target, save_pretrained
-        from .info import is_ternary, library_class, read_info
+        from .info import read_info
 
         folder = model_folder(src, ["*.json"])
         if is_ternary(folder):
@@ -243,8 +243,6 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     with err.status(f"Loading {model}"):
-        from .info import read_config
-
         read_config(model_folder(model, ["*.json"]))  # a float model has nothing to compare
         models = {"ternary": _load(model, device=device)}
         if baseline:
@@ -309,8 +307,6 @@ def _dequantized(model: "nn.Module") -> "nn.Module":
 def _load(model: str, config: TernaryConfig | None = None, device: str | None = None) -> "nn.Module":
     """The model, of the class that its files name."""
     from transformers.utils import logging
-
-    from .info import library_class
 
     logging.disable_progress_bar()
     folder = model_folder(model, ["*.json"])

@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .config import QUANT_METHOD, TernaryConfig
+
+# The end of what is said of a damaged file.
+RESAVE = "Fix: download it again or save the model again"
+
 
 def model_folder(model: str, patterns: list[str], revision: str | None = None, **options: Any) -> Path:
     """The model's folder; of a model on the Hub, a local copy of the files that match ``patterns``.
@@ -62,5 +67,39 @@ def read_json(file: Path, default: Any = None) -> Any:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). Fix: download it again or save the model again") from error
+        raise ValueError(f"{file} is damaged ({error}). {RESAVE}") from error
     return content if isinstance(content, type(default)) else default
+
+
+def read_config(folder: Path) -> TernaryConfig:
+    """The ternary ``quantization_config`` of a model folder.
+
+    Raises:
+        ValueError: the folder holds no ternary model, or one of another format version.
+    """
+    options = _options(folder)
+    if options is None:
+        raise ValueError(f"{folder} holds no ternary model. Fix: make one with `hf-ternary quantize {folder} DST`")
+    return TernaryConfig.from_dict(options)
+
+
+def is_ternary(folder: Path) -> bool:
+    """Whether the model in ``folder`` is packed."""
+    return _options(folder) is not None
+
+
+def library_class(folder: Path) -> str | None:
+    """``"SentenceTransformer"``, ``"CrossEncoder"``, ... of sentence-transformers; None for a plain transformers model."""
+    if (folder / "modules.json").exists():
+        return read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    # How sentence-transformers before version 6 marked a cross-encoder.
+    return "CrossEncoder" if "sentence_transformers" in read_json(folder / "config.json") else None
+
+
+def _options(folder: Path) -> dict[str, Any] | None:
+    """``quantization_config`` in ``config.json``, which sentence-transformers may keep in a module's folder."""
+    for file in [folder / "config.json", *sorted(folder.glob("*/config.json"))]:
+        options = read_json(file).get("quantization_config") or {}
+        if options.get("quant_method") == QUANT_METHOD:
+            return options
+    return None

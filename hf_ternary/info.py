@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from . import packing
-from .config import QUANT_METHOD, TernaryConfig
-from .files import read_json
+from .config import TernaryConfig
+from .files import RESAVE, read_config, read_json
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_info(folder: str | Path) -> ModelInfo:
             raise ValueError(f"{folder} holds no packed weights. Fix: make them with `hf-ternary quantize {folder} DST`")
         missing = [name for name in packed if name not in home]
         if missing:
-            raise ValueError(f"{missing[0]} is missing in {folder}. Fix: download it again or save the model again")
+            raise ValueError(f"{missing[0]} is missing in {folder}. {RESAVE}")
         # The two tensors of a layer may lie in different shards.
         pairs = {name: (_tensor(home[name]), _tensor(home[f"{name}_scale"])) for name in packed}
         bits = _table_bits([weight for weight, _ in pairs.values()], config, _widths(folder))
@@ -89,45 +89,11 @@ def read_info(folder: str | Path) -> ModelInfo:
     return ModelInfo(config, layers, float_tensors, sum(file.stat().st_size for file in files))
 
 
-def read_config(folder: Path) -> TernaryConfig:
-    """The ternary ``quantization_config`` of a model folder.
-
-    Raises:
-        ValueError: the folder holds no ternary model, or one of another format version.
-    """
-    options = _options(folder)
-    if options is None:
-        raise ValueError(f"{folder} holds no ternary model. Fix: make one with `hf-ternary quantize {folder} DST`")
-    return TernaryConfig.from_dict(options)
-
-
-def is_ternary(folder: Path) -> bool:
-    """Whether the model in ``folder`` is packed."""
-    return _options(folder) is not None
-
-
-def library_class(folder: Path) -> str | None:
-    """``"SentenceTransformer"``, ``"CrossEncoder"``, ... of sentence-transformers; None for a plain transformers model."""
-    if (folder / "modules.json").exists():
-        return read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
-    # How sentence-transformers before version 6 marked a cross-encoder.
-    return "CrossEncoder" if "sentence_transformers" in read_json(folder / "config.json") else None
-
-
-def _options(folder: Path) -> dict[str, Any] | None:
-    """``quantization_config`` in ``config.json``, which sentence-transformers may keep in a module's folder."""
-    for file in [folder / "config.json", *sorted(folder.glob("*/config.json"))]:
-        options = read_json(file).get("quantization_config") or {}
-        if options.get("quant_method") == QUANT_METHOD:
-            return options
-    return None
-
-
 def _open(path: Path, stack: ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(path, "pt"))
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}). Fix: download it again or save the model again") from error
+        raise ValueError(f"{path} is damaged ({error}). {RESAVE}") from error
 
 
 def _tensor(home: tuple[Any, str]) -> Any:

@@ -22,8 +22,8 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from .evaluation.results import weights
-from .files import read_json
-from .info import library_class, read_info
+from .files import library_class, read_json
+from .info import read_info
 
 logger = logging.getLogger(__name__)
 

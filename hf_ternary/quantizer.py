@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from . import convert, encoder, packing
 from .config import QUANT_METHOD, TernaryConfig
+from .files import RESAVE
 from .modules import QuantizedEmbedding, TernaryLinear
 
 if TYPE_CHECKING:  # autoload imports this file while transformers.modeling_utils is still being imported
@@ -65,7 +66,7 @@ class TernaryHfQuantizer(HfQuantizer):
             )
         for name, (dtype, _) in header.items():
             if dtype == "U8" and name.endswith(".weight") and name.removesuffix(".weight") not in packed:
-                raise ValueError(f"{name}_scale is missing in the file although {name} is packed. {_RESAVE}")
+                raise ValueError(f"{name}_scale is missing in the file although {name} is packed. {_DAMAGED}")
         for name, modules in _module_names(model, packed).items():
             layers = self._empty([model.get_submodule(module) for module in modules], name, header)
             for module, layer in zip(modules, layers, strict=True):
@@ -117,24 +118,24 @@ class TernaryHfQuantizer(HfQuantizer):
         config = self.quantization_config
         choices = [config.embedding_bits, config.position_bits] if is_table else [2]
         if choices[0] is None:
-            raise ValueError(f"{name}.weight is quantized but config.json has embedding_bits null. {_RESAVE}")
+            raise ValueError(f"{name}.weight is quantized but config.json has embedding_bits null. {_DAMAGED}")
         rows, columns, groups = sum(m.weight.shape[0] for m in modules), modules[0].weight.shape[1], scale[1][-1]
         size = weight[1][-1] if weight else None
         bits = next((bits for bits in choices if bits and size == packing.packed_size(columns, bits)), choices[0])
         expected = ("U8", (rows, packing.packed_size(columns, bits)))
         if weight != expected:
-            raise ValueError(f"{name}.weight is {_describe(weight)} in the file, expected {_describe(expected)}. {_RESAVE}")
+            raise ValueError(f"{name}.weight is {_describe(weight)} in the file, expected {_describe(expected)}. {_DAMAGED}")
         if scale != ("F32", (rows, groups)) or columns % groups:
             raise ValueError(
                 f"{name}.weight_scale is {_describe(scale)} in the file, expected F32 [{rows}, 1] or [{rows}, {columns} / "
-                f"group size]. {_RESAVE}"
+                f"group size]. {_DAMAGED}"
             )
         if is_table:
             return [QuantizedEmbedding.empty_like(m, bits, groups) for m in modules]
         return [TernaryLinear.empty_like(m, groups, self.quantization_config.activation) for m in modules]
 
 
-_RESAVE = "The file is damaged or was not written by hf_ternary. Fix: download it again or save the model again"
+_DAMAGED = f"The file is damaged or was not written by hf_ternary. {RESAVE}"
 
 
 def release(model: PreTrainedModel, aliases: list[str]) -> None:
@@ -192,7 +193,7 @@ def _read_header(files: Sequence[str]) -> dict[str, Entry]:
                     tensor = opened.get_slice(name)
                     header[name] = tensor.get_dtype(), tuple(tensor.get_shape())
         except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is damaged ({error}). Fix: download it again or save the model again") from error
+            raise ValueError(f"{file} is damaged ({error}). {RESAVE}") from error
     return header
 
 
@@ -200,9 +201,9 @@ def _check_loaded(name: str, module: TernaryLinear | QuantizedEmbedding) -> None
     convert.check_present(name, module.weight)
     scale = module.weight_scale
     if not bool(((scale >= 0) & scale.isfinite()).all()):
-        raise ValueError(f"{name}.weight_scale holds a NaN, an infinity or a negative value. {_RESAVE}")
+        raise ValueError(f"{name}.weight_scale holds a NaN, an infinity or a negative value. {_DAMAGED}")
     if isinstance(module, TernaryLinear) and packing.has_invalid_ternary(module.weight):
-        raise ValueError(f"{name}.weight holds the code 0, which is no ternary value (1, 2, 3 are -1, 0, +1). {_RESAVE}")
+        raise ValueError(f"{name}.weight holds the code 0, which is no ternary value (1, 2, 3 are -1, 0, +1). {_DAMAGED}")
     if isinstance(module, TernaryLinear) and module.bias is not None:
         module.bias.requires_grad_(False)  # loading made it trainable
 

@@ -15,12 +15,10 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 
 from .architectures import ARCHITECTURES, MODEL_TYPES, NativeEncoder, UnsupportedError, find_layout
-from .config import TernaryConfig
-from .files import model_folder, read_json
+from .files import RESAVE, model_folder, read_config, read_json
 from .ops import backends
 
 _POOLINGS = {"mean": "mean", "cls": "first"}
-_RESAVE = "Fix: download it again or save the model again"
 # Texts that are tokenized at once, and tokens that one native call encodes: Ctrl-C waits for no more.
 _TEXTS, _TOKENS = 256, 4096
 
@@ -72,7 +70,7 @@ class Encoder:
         self._native = _native_encoder(transformer, config)
         widths = [self._native.hidden, *(dense.dimension for dense in self._dense)]
         if widths[:-1] != [dense.inputs for dense in self._dense]:
-            raise ValueError(f"{folder}: a Dense module reads another width than the module before it gives. {_RESAVE}")
+            raise ValueError(f"{folder}: a Dense module reads another width than the module before it gives. {RESAVE}")
         self._tokenizer = _tokenizer(transformer, config, self._native.longest)
         options = read_json(folder / "config_sentence_transformers.json")
         # The first two are always there in sentence-transformers.
@@ -173,7 +171,7 @@ class Encoder:
         if normalize and cut:  # the model's own Normalize comes before the cut, as in sentence-transformers
             y = _unit(y)
         if not np.isfinite(y).all():
-            raise ValueError(f"an embedding is not finite: the model holds numbers that are too large. {_RESAVE}")
+            raise ValueError(f"an embedding is not finite: the model holds numbers that are too large. {RESAVE}")
         return y[0] if isinstance(texts, str) else y
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
@@ -231,7 +229,7 @@ class _Dense:
         weight = arrays.get("linear.weight", np.empty(0))
         bias = arrays.get("linear.bias", np.zeros(len(weight)))
         if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-            raise ValueError(f"{folder} holds a weight {list(weight.shape)} and a bias {list(bias.shape)}. {_RESAVE}")
+            raise ValueError(f"{folder} holds a weight {list(weight.shape)} and a bias {list(bias.shape)}. {RESAVE}")
         self._weight, self._bias = weight.astype(np.float32), bias.astype(np.float32)
         self.dimension, self.inputs = weight.shape
 
@@ -252,7 +250,7 @@ def _modules(folder: Path) -> tuple[Path, str, list[_Dense], bool]:
     try:
         modules = [(m["type"].rpartition(".")[2], folder / m["path"]) for m in read_json(folder / "modules.json", [])]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'modules.json'} is damaged ({error!r}). {_RESAVE}") from error
+        raise ValueError(f"{folder / 'modules.json'} is damaged ({error!r}). {RESAVE}") from error
     kinds = [kind for kind, _ in modules]
     normalize = kinds[-1:] == ["Normalize"] and _is_of_embedding(read_json(modules[-1][1] / "config.json"))
     dense = modules[2 : len(modules) - normalize]
@@ -283,10 +281,7 @@ def _pooling_mode(options: dict[str, Any], folder: Path) -> str:
 
 
 def _native_encoder(folder: Path, config: dict[str, Any]) -> NativeEncoder:
-    options = config.get("quantization_config")
-    if not options or options.get("quant_method") != "ternary":
-        raise ValueError(f"{folder} holds no ternary model. Fix: make one with `hf-ternary quantize {folder} DST`")
-    TernaryConfig.from_dict(options)
+    read_config(folder)  # raises if there is none
     if config.get("model_type") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise UnsupportedError(
@@ -311,9 +306,9 @@ def _read(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     array = file.get_tensor(name)
                     if array.dtype.kind == "f" and not np.isfinite(array).all():
-                        raise ValueError(f"{path}: {name} holds a NaN or an infinity. {_RESAVE}")
+                        raise ValueError(f"{path}: {name} holds a NaN or an infinity. {RESAVE}")
                     if name.endswith(".weight_scale") and (array < 0).any():
-                        raise ValueError(f"{path}: {name} holds a negative value. {_RESAVE}")
+                        raise ValueError(f"{path}: {name} holds a negative value. {RESAVE}")
                     name = name.removeprefix(f"{prefix}.")
                     # BERT's first names, in which transformers 5.0 still saves some models
                     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -324,7 +319,7 @@ def _read(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
                 'model again, loaded with model_kwargs={"dtype": "float32"}'
             ) from error
     if not arrays:
-        raise ValueError(f"{folder} holds no safetensors file. {_RESAVE}")
+        raise ValueError(f"{folder} holds no safetensors file. {RESAVE}")
     return arrays
 
 
@@ -340,7 +335,7 @@ def _tokenizer(folder: Path, config: dict[str, Any], longest: int) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise ValueError(f"{path} is damaged ({error}). {_RESAVE}") from error
+        raise ValueError(f"{path} is damaged ({error}). {RESAVE}") from error
     settings = read_json(next(iter(sorted(folder.glob("sentence_*_config.json"))), folder / "sentence_bert_config.json"))
     if unknown := [key for key in _OTHER_TOKENS if settings.get(key)]:
         raise UnsupportedError(

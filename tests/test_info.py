@@ -1,4 +1,3 @@
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from hf_ternary import TernaryConfig, TernaryLinear
-from hf_ternary.info import is_ternary, library_class, read_info
+from hf_ternary.info import read_info
 from hf_ternary.modules import QuantizedEmbedding
 
 from .conftest import save_tiny_bert
@@ -72,14 +71,12 @@ def test_shards_are_read_together(tiny_bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_float_model_is_refused(tiny_bert: Path) -> None:
-    assert not is_ternary(tiny_bert)
     with pytest.raises(ValueError, match=r"holds no ternary model\. Fix: make one with `hf-ternary quantize"):
         read_info(tiny_bert)
 
 
 def test_a_config_without_packed_weights_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
     packed(tiny_bert, tmp_path)
-    assert is_ternary(tmp_path)
     shutil.copy(tiny_bert / "model.safetensors", tmp_path)
     with pytest.raises(ValueError, match=r"holds no packed weights\. Fix"):
         read_info(tmp_path)
@@ -101,18 +98,3 @@ def test_a_damaged_file_is_named(file: str, tiny_bert: Path, tmp_path: Path) -> 
     (tmp_path / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=rf"{file} is damaged .*Fix: download it again"):
         read_info(tmp_path)
-
-
-def test_library_class(
-    tiny_bert: Path, tiny_sentence_transformer: Path, tiny_cross_encoder: Path, tiny_sparse_encoder: Path, minilm: Path
-) -> None:
-    assert library_class(tiny_bert) is None
-    assert library_class(tiny_sentence_transformer) == "SentenceTransformer"
-    assert library_class(tiny_cross_encoder) == "CrossEncoder"
-    assert library_class(tiny_sparse_encoder) == "SparseEncoder"
-    assert library_class(minilm) == "SentenceTransformer"  # saved before the files named the class
-
-
-def test_library_class_of_an_older_cross_encoder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"sentence_transformers": {"version": "5.2.0"}}))
-    assert library_class(tmp_path) == "CrossEncoder"
