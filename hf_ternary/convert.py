@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -165,18 +165,19 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     model.set_submodule(name, module)
 
 
-def tie(model: nn.Module, ties: Mapping[str, str]) -> list[str]:
-    """Point the aliases of quantized tables at them; returns the parameter names that are aliases no longer."""
-    done = []
-    for alias, source in ties.items():
+def tie(model: Any) -> None:
+    """Point a transformers model's tied weights at the quantized tables that they are tied to, in place.
+
+    They own no tensor then, so they leave ``all_tied_weights_keys``; ties of float weights stay.
+    """
+    for alias, source in list(model.all_tied_weights_keys.items()):
         table = model.get_submodule(source.rpartition(".")[0])
         if not alias.endswith(".weight") or not isinstance(table, QuantizedEmbedding):
             continue
         name = alias.removesuffix(".weight")
         old = model.get_submodule(name)
         replace(model, name, TiedLinear(table, old.bias) if isinstance(old, nn.Linear) else TiedEmbedding(table))
-        done.append(alias)
-    return done
+        del model.all_tied_weights_keys[alias]
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

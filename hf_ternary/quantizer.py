@@ -71,12 +71,13 @@ class TernaryHfQuantizer(HfQuantizer):
             layers = self._empty([model.get_submodule(module) for module in modules], name, header)
             for module, layer in zip(modules, layers, strict=True):
                 convert.replace(model, module, layer)
-        release(model, convert.tie(model, _ties(model)))
+        convert.tie(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
-            convert.ternarize_model(model, self.quantization_config, _ties(model), model._keep_in_fp32_modules or ())
-            release(model, convert.tie(model, _ties(model)))
+            ties, keep = model.all_tied_weights_keys, model._keep_in_fp32_modules or ()
+            convert.ternarize_model(model, self.quantization_config, ties, keep)
+            convert.tie(model)
         for name, module in model.named_modules():
             if isinstance(module, (TernaryLinear, QuantizedEmbedding)):
                 _check_loaded(name, module)
@@ -136,16 +137,6 @@ class TernaryHfQuantizer(HfQuantizer):
 
 
 _DAMAGED = f"The file is damaged or was not written by hf_ternary. {RESAVE}"
-
-
-def release(model: PreTrainedModel, aliases: list[str]) -> None:
-    """Tell transformers that ``aliases`` are no tied parameters any more: they own no tensor."""
-    for alias in aliases:
-        model.all_tied_weights_keys.pop(alias, None)
-
-
-def _ties(model: PreTrainedModel) -> dict[str, str]:
-    return dict(model.all_tied_weights_keys)
 
 
 def _module_names(model: PreTrainedModel, packed: set[str]) -> dict[str, list[str]]:

@@ -162,9 +162,9 @@ def make_student(
     """
     student = copy.deepcopy(teacher).requires_grad_(True)
     transformer = transformer_of(student)
-    ties = dict(transformer.all_tied_weights_keys)
-    convert.fake_ternarize_model(transformer, config, ties, transformer._keep_in_fp32_modules or (), learned_scale)
-    for name, table in _second_names(transformer).items():  # a table under two names is trained, and saved, as one
+    ties, keep = transformer.all_tied_weights_keys, transformer._keep_in_fp32_modules or ()
+    convert.fake_ternarize_model(transformer, config, ties, keep, learned_scale)
+    for name, table in _aliases(transformer).items():  # a table under two names is trained, and saved, as one
         convert.replace(transformer, name, TiedEmbedding(table))
     if attn_implementation is not None:
         transformer.set_attn_implementation(attn_implementation)
@@ -194,7 +194,7 @@ def add_dense(model: SentenceTransformer) -> Any:
     return model[index]
 
 
-def _second_names(transformer: PreTrainedModel) -> dict[str, Any]:
+def _aliases(transformer: PreTrainedModel) -> dict[str, Any]:
     """{name of a table: the table that it is tied to}, as of T5's ``encoder.embed_tokens`` to ``shared``."""
     ties = {a.rpartition(".")[0]: s.rpartition(".")[0] for a, s in transformer.all_tied_weights_keys.items()}
     modules = dict(transformer.named_modules())
@@ -263,8 +263,8 @@ def pack_student(student: SentenceTransformer, config: TernaryConfig) -> Sentenc
     for module in transformer.modules():
         module._forward_hooks.clear()
     convert.pack_model(transformer)
-    quantizer.release(transformer, convert.tie(transformer, transformer.all_tied_weights_keys))
-    for name, table in _second_names(transformer).items():  # what stayed float is an ordinary table again
+    convert.tie(transformer)
+    for name, table in _aliases(transformer).items():  # what stayed float is an ordinary table again
         convert.replace(transformer, name, table)
     transformer.config.output_hidden_states = False
     quantizer.mark_quantized(transformer, config)
