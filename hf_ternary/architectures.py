@@ -16,7 +16,7 @@ import numpy as np
 from .ops import backends
 
 # transformers' names of activation functions -> the native one's
-ACTIVATIONS = {
+ACTIVATION_FUNCTIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
@@ -273,8 +273,8 @@ class NativeEncoder:
         intermediate = self._intermediate(architecture, layers[0])
         self.positions = self._positions(architecture, config)
         # RoBERTa's kin, which know padding by its id, count positions from the one after it.
-        before = 0 if architecture.padding is None else 1 + int(get(architecture.padding))
-        self.longest = self.positions - before
+        position_offset = 0 if architecture.padding is None else 1 + int(get(architecture.padding))
+        self.longest = self.positions - position_offset
         self._norm_bias = get("norm_bias") is not False
         norms: list[str | None] = [f"{layer}.{name}" for layer in layers for name in architecture.norms]
         first_norm = None
@@ -287,7 +287,7 @@ class NativeEncoder:
             hidden=self.hidden,
             heads=self.heads,
             intermediate=intermediate,
-            activation=ACTIVATIONS[get(architecture.activation)],
+            activation=ACTIVATION_FUNCTIONS[get(architecture.activation)],
             gated=architecture.gated,
             pre_norm=architecture.pre_norm,
             epsilon=float(get(architecture.epsilon)),
@@ -467,8 +467,8 @@ def _divides(parts: int, whole: int) -> bool:
 def check(config: Mapping[str, Any], architecture: Architecture, hidden: int, heads: int) -> None:
     """Raise ValueError if no encoder can run a model of this config, UnsupportedError where transformers can."""
     activation = architecture.get(config, architecture.activation)
-    if activation not in ACTIVATIONS:
-        raise UnsupportedError(f"its activation function is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
+    if activation not in ACTIVATION_FUNCTIONS:
+        raise UnsupportedError(f"its activation function is {activation!r}, not one of {', '.join(ACTIVATION_FUNCTIONS)}")
     if config.get("is_decoder") or config.get("add_cross_attention"):
         raise UnsupportedError("it is a decoder")
     kind = config.get("position_embedding_type") or "absolute"

@@ -148,12 +148,12 @@ def _forward(module: Any, inputs: dict[str, Any]) -> Any:
     ids: Any
     ids, types, mask = (inputs.get(name) for name in ("input_ids", "token_type_ids", "attention_mask"))
     device = (inputs["pixel_values"] if ids is None else ids).device
-    if state.native is None or state.device != device or not _pools_a_token(module, ids, mask):
+    if state.encoder is None or state.device != device or not _pools_a_token(module, ids, mask):
         return None
-    if isinstance(state.native, NativeEncoder):
-        y = _in_cpp(state.native, ids, types, mask, _embed(module, inputs, state) if ids is None else None)
+    if isinstance(state.encoder, NativeEncoder):
+        y = _in_cpp(state.encoder, ids, types, mask, _embed(module, inputs, state) if ids is None else None)
     else:
-        y = state.native.hidden_states(ids, types, mask)
+        y = state.encoder.hidden_states(ids, types, mask)
     return None if y is None else _output(module, y, ids)
 
 
@@ -294,7 +294,7 @@ class _State:
         self._versions = [tensor._version for tensor in self._counted]
         devices = (value.device for value in self._contents if isinstance(value, torch.Tensor))
         self.device = next(devices, torch.device("cpu"))
-        self.native: NativeEncoder | TritonEncoder | None = None
+        self.encoder: NativeEncoder | TritonEncoder | None = None
         self.black: tuple[Any, Any] = None, None  # size of an image, embeddings of a black one
         self.obstacle = _obstacle(modules, self.device)
         if self.obstacle is not None:
@@ -311,7 +311,7 @@ class _State:
         }
         try:
             layout = find_layout(ARCHITECTURES[module.hf_ternary_base.__name__], tensors)
-            self.native = _make(self.device, layout, config, tensors)
+            self.encoder = _make(self.device, layout, config, tensors)
         except ValueError as error:
             self.obstacle = str(error)
 

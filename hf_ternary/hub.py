@@ -275,7 +275,7 @@ def _write(model: Any, folder: Path, tokenizer: Any) -> None:
         model.save_pretrained(str(folder), create_model_card=False)
         _name_modules(folder / "modules.json")
         for file in folder.glob("*_Dense/model.safetensors"):
-            _halve(file)
+            _store_as_half(file)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -291,7 +291,7 @@ def _name_modules(file: Path) -> None:
         file.write_text(json.dumps(modules, indent=2), encoding="utf-8")
 
 
-def _halve(file: Path) -> None:
+def _store_as_half(file: Path) -> None:
     """Store tensors in float16 if that loses nothing, as of a Dense module that was distilled; they load as float32."""
     tensors = load_file(file)
     halves = {name: tensor.half() for name, tensor in tensors.items()}

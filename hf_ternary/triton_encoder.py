@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .architectures import ACTIVATIONS, Architecture, UnsupportedError, check, distance_buckets
+from .architectures import ACTIVATION_FUNCTIONS, Architecture, UnsupportedError, check, distance_buckets
 from .ops.triton import (
     OPERANDS,
     Shape,
@@ -275,7 +275,7 @@ class TritonEncoder:
             raise UnsupportedError("the GPU's encoder knows text encoders with a norm after every residual sum only")
         if self.hidden // self.heads > WIDEST_HEAD:
             raise UnsupportedError(f"its heads are wider than {WIDEST_HEAD} columns, the most that the GPU's encoder knows")
-        self._function = ACTIVATIONS[get(architecture.activation)]
+        self._function = ACTIVATION_FUNCTIONS[get(architecture.activation)]
         self._epsilon = float(get(architecture.epsilon))
         self._padding = None if architecture.padding is None else int(get(architecture.padding))
         names = architecture.tokens, architecture.types, architecture.positions

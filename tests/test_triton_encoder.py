@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_ternary import TernaryConfig, encoder
-from hf_ternary.architectures import ACTIVATIONS
+from hf_ternary.architectures import ACTIVATION_FUNCTIONS
 from hf_ternary.ops import backends, reference
 from hf_ternary.ternarize import quantize_activation
 
@@ -264,14 +264,14 @@ def test_norm_and_product(width: int, groups: int, dtype: torch.dtype) -> None:
     assert same(out.cpu(), reference.linear(x.cpu(), weight.cpu(), scale.cpu(), bias.cpu()))
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATION_FUNCTIONS)
 def test_activation_functions(name: str) -> None:
     from transformers.activations import ACT2FN
 
     weight, scale, bias = (tensor.to(DEVICE) for tensor in make_layer(20, 16))
     x = torch.randn(3, 16, device=DEVICE) * torch.tensor([1.0, 10.0, torch.nan], device=DEVICE)[:, None]
     linear = triton_encoder._Linear(kernels.padded(weight, scale, 16), scale, bias, (16, 16, 1))
-    y = triton_encoder._product(x, x, None, linear, ACTIVATIONS[name])
+    y = triton_encoder._product(x, x, None, linear, ACTIVATION_FUNCTIONS[name])
     expected = ACT2FN[name](reference.linear(x, weight, scale, bias))
     torch.testing.assert_close(y, expected, atol=5e-6, rtol=5e-6, equal_nan=True)
 
@@ -290,7 +290,7 @@ def ptx(tokens, dtype, config=MPNetConfig, model=MPNetModel):
     model = ternarize_model(model(config(num_hidden_layers=1, vocab_size=99, **sizes)), TernaryConfig())
     encoder.bind(model)
     with torch.inference_mode():
-        native = encoder._state(model.eval().to(dtype)).native
+        native = encoder._state(model.eval().to(dtype)).encoder
         native.hidden_states(torch.zeros(1, tokens, dtype=torch.int64), None, None)
     return list(compiled)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from ..evaluation.results import feed
+from ..evaluation.results import hash_file
 
 # Inputs of a pool are sorted by length before batches are cut from it, so that hardly anything is padding.
 BATCHES_A_POOL = 64
@@ -143,10 +143,10 @@ def split_weight(source: str) -> tuple[str, float]:
 
 def load(source: str, *arguments: str, **options: Any) -> Any:
     """The split ``train`` as `datasets.load_dataset` reads it; ``source`` names it in errors."""
-    return ask(source, "load_dataset", *arguments, **options, split="train")
+    return call_datasets(source, "load_dataset", *arguments, **options, split="train")
 
 
-def ask(source: str, function: str, *arguments: str, **options: Any) -> Any:
+def call_datasets(source: str, function: str, *arguments: str, **options: Any) -> Any:
     """What a function of `datasets` returns; ``source`` names in errors what it was to read."""
     try:
         import datasets
@@ -166,10 +166,10 @@ def identify(source: str, texts: Iterable[str] = ()) -> dict[str, str]:
     """Name and SHA-256 of a source: of a file, of the names and contents of a folder's, or of the texts of a dataset."""
     path, digest = Path(source).expanduser(), hashlib.sha256()
     if path.is_file():
-        feed(digest, path)
+        hash_file(digest, path)
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(file.relative_to(path).as_posix().encode())
-        feed(digest, file)
+        hash_file(digest, file)
     if path.exists():
         return {"source": path.name, "sha256": digest.hexdigest()}
     for text in texts:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..evaluation.files import check_depth
-from .data import Corpus, ask, identify, load, split_weight
+from .data import Corpus, call_datasets, identify, load, split_weight
 
 
 def read_images(sources: Sequence[str], held_out: int, seed: int) -> Corpus:
@@ -141,7 +141,7 @@ def _read_folder(source: str, path: Path) -> Any:
     Raises:
         ValueError: there are several splits, and images in none of them.
     """
-    builder = ask(source, "load_dataset_builder", str(path))
+    builder = call_datasets(source, "load_dataset_builder", str(path))
     splits = builder.config.data_files
     if builder.name != "imagefolder":
         return load(source, str(path))

@@ -82,10 +82,10 @@ class DistillTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._batches, self._tokens, self._since = 0, 0, time.perf_counter()
         self._teacher_held_out: torch.Tensor | None = None
-        self.power = self._hidden_power()
-        self.layers = list(range(len(self.power))) if args.layers is None else args.layers
-        if not set(self.layers) <= set(range(len(self.power))):
-            raise ValueError(f"layers={args.layers} is not allowed: the hidden states are 0 to {len(self.power) - 1}")
+        self.mean_square = self._mean_square()
+        self.layers = list(range(len(self.mean_square))) if args.layers is None else args.layers
+        if not set(self.layers) <= set(range(len(self.mean_square))):
+            raise ValueError(f"layers={args.layers} is not allowed: the hidden states are 0 to {len(self.mean_square) - 1}")
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(
@@ -154,9 +154,9 @@ class DistillTrainer(Trainer):
         share = self._share_of_tokens(mask)
         student, teacher = got["hidden"], wanted["hidden"]
         if "hidden" in self.weights:
-            parts["hidden"] = share * losses.hidden_error(student[-1], teacher[-1], mask) / self.power[-1]
+            parts["hidden"] = share * losses.hidden_error(student[-1], teacher[-1], mask) / self.mean_square[-1]
         if "layers" in self.weights:
-            errors = [losses.hidden_error(student[i], teacher[i], mask) / self.power[i] for i in self.layers]
+            errors = [losses.hidden_error(student[i], teacher[i], mask) / self.mean_square[i] for i in self.layers]
             parts["layers"] = share * torch.stack(errors).mean()
         if "embedding" in self.weights:
             parts["embedding"] = losses.embedding_distance(got["embedding"], wanted["embedding"])
@@ -195,7 +195,7 @@ class DistillTrainer(Trainer):
         )
 
     @torch.no_grad()
-    def _hidden_power(self) -> list[float]:
+    def _mean_square(self) -> list[float]:
         """Mean square of the teacher's hidden states, layer by layer, over the first batch of the plan."""
         batch = self._batch(self.train_data, self.batches.batches[0][:64])
         mask = batch["attention_mask"].bool()

@@ -63,11 +63,11 @@ def weights(model: str | Path) -> dict[str, Any]:
         return {}
     digest = hashlib.sha256()
     for file in files:
-        feed(digest, file)
+        hash_file(digest, file)
     return {"bytes": sum(file.stat().st_size for file in files), "sha256": digest.hexdigest()}
 
 
-def feed(digest: Any, file: Path) -> None:
+def hash_file(digest: Any, file: Path) -> None:
     """Update a hash with a file that may be larger than memory."""
     with file.open("rb") as opened:
         while block := opened.read(1 << 20):

@@ -49,7 +49,7 @@ except ImportError as error:
 from datasets import Dataset
 
 from .files import find_images, read_jsonl, read_labelled_images, read_number, read_object, read_tsv
-from .results import feed
+from .results import hash_file
 
 SEED = 42  # MTEB's own
 SPLITS = ("test", "dev")
@@ -399,7 +399,7 @@ def _fingerprint(folder: Path) -> str:
         if path.is_file():
             name = path.relative_to(folder).as_posix().removeprefix("qrels/")
             digest.update(name.encode())
-            feed(digest, path)
+            hash_file(digest, path)
     return digest.hexdigest()
 
 

@@ -8,10 +8,9 @@ scales ``a`` of an output, and groups ``g`` of columns::
 
 import torch
 
+from ..config import ACTIVATIONS
 from ..packing import packed_size, unpack
 from ..ternarize import dequantize, quantize_activation
-
-ACTIVATIONS = ("int8", None)
 
 
 def check(

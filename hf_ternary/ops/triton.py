@@ -75,7 +75,7 @@ def column_of(byte, field, group, group_bytes, groups: tl.constexpr):
 
 @triton.jit
 def _activated(x, FUNCTION: tl.constexpr):
-    """An activation function by its name in :data:`hf_ternary.architectures.ACTIVATIONS`; a NaN stays one."""
+    """An activation function by its name in :data:`hf_ternary.architectures.ACTIVATION_FUNCTIONS`; a NaN stays one."""
     if FUNCTION == "gelu":
         x *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     elif FUNCTION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x**3)
