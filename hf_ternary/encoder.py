@@ -23,8 +23,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
-from .architectures import ARCHITECTURES, Architecture, NativeEncoder, find_layout
+from .architectures import ARCHITECTURES, Architecture, find_layout
 from .modules import QuantizedEmbedding, TernaryLinear
+from .native_encoder import NativeEncoder
 from .ops import backends
 from .ops.native import share_torch_threads
 

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
 
-from .architectures import ARCHITECTURES, MODEL_TYPES, NativeEncoder, UnsupportedError, find_layout
+from .architectures import ARCHITECTURES, MODEL_TYPES, UnsupportedError, find_layout
 from .files import RESAVE, model_folder, read_config, read_json
+from .native_encoder import NativeEncoder
 from .ops import backends
 
 _POOLINGS = {"mean": "mean", "cls": "first"}
