@@ -219,29 +219,24 @@ def continue_from(student: SentenceTransformer, name: str, config: TernaryConfig
     made = getattr(finished.config, "quantization_config", None)
     if not isinstance(made, TernaryConfig):
         raise ValueError(f"student {name} is not ternary; leave `student` out to start from the teacher")
-    ours, theirs = config.to_dict(), made.to_dict()
-    differ = [f"{key}={theirs[key]!r}" for key in ours if ours[key] != theirs[key] and key != "hf_ternary_version"]
+    options, others = config.to_dict(), made.to_dict()
+    differ = [f"{key}={others[key]!r}" for key in options if options[key] != others[key] and key != "hf_ternary_version"]
     if differ:
         raise ValueError(f"student {name} was made with {', '.join(differ)}; give the same options")
-    scales = {f"{key}.weight_scale": m.weight_scale for key, m in finished.named_modules() if isinstance(m, TernaryLinear)}
-    second_names = [f"{key}.weight" for key, m in transformer_of(student).named_modules() if isinstance(m, TiedEmbedding)]
-    weights = convert.dequantize_model(finished).state_dict()
-    trained = transformer_of(student).state_dict()
-    weights = {key: weight for key, weight in weights.items() if key not in second_names}
-    weights |= {key: scale for key, scale in scales.items() if key in trained}
     complete = len(whole) >= len(student)
     if not complete:
         add_dense(whole)
-    # What stands behind the transformer, as a Dense module, was trained too.
-    behind, trained_behind = (nn.ModuleList(list(model)[1:]) for model in (whole, student))
-    for theirs, ours in ((weights, trained), (behind.state_dict(), trained_behind.state_dict())):
-        shapes, expected = ({key: x.shape for key, x in state.items()} for state in (theirs, ours))
-        if odd := shapes.items() ^ expected.items():
-            raise ValueError(
-                f"student {name} does not fit the teacher: {min(odd)[0]} is missing in one or has another shape"
-            )
-    transformer_of(student).load_state_dict(weights)
-    trained_behind.load_state_dict(behind.state_dict())
+    # What trains further beside the float weights, if scales are learned.
+    scales = {f"{key}.weight_scale": m.weight_scale for key, m in whole.named_modules() if isinstance(m, TernaryLinear)}
+    aliases = {f"{key}.weight" for key, m in student.named_modules() if isinstance(m, TiedEmbedding)}
+    convert.dequantize_model(finished)
+    wanted = student.state_dict()
+    loaded = {key: tensor for key, tensor in whole.state_dict().items() if key not in aliases}
+    loaded |= {key: scale for key, scale in scales.items() if key in wanted}
+    shapes, expected = ({key: tensor.shape for key, tensor in state.items()} for state in (loaded, wanted))
+    if odd := shapes.items() ^ expected.items():
+        raise ValueError(f"student {name} does not fit the teacher: {min(odd)[0]} is missing in one or has another shape")
+    student.load_state_dict(loaded)
     return complete
 
 

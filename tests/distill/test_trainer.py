@@ -406,7 +406,7 @@ def test_what_cannot_be_trained_further(options: Options, teacher: Path, tmp_pat
     smaller[0].auto_model.config.num_hidden_layers = 1
     smaller.save_pretrained(str(tmp_path / "smaller"))
     distill(DistillArguments(**options(teacher=str(tmp_path / "smaller"))))
-    with pytest.raises(ValueError, match=r"does not fit the teacher: encoder\.layer\.1\..* is missing"):
+    with pytest.raises(ValueError, match=r"does not fit the teacher: .*encoder\.layer\.1\..* is missing"):
         distill(DistillArguments(**options(student=str(tmp_path / "run" / "model"), output_dir=str(tmp_path / "other"))))
     first = options(output_dir=str(tmp_path / "first"), group_size="8")
     distill(DistillArguments(**first))
