@@ -1,9 +1,7 @@
-"""Compensates rounding errors, before distillation or instead of it: GPTQ and coordinate descent with ternary levels.
+"""Compensates rounding errors, before distillation or instead of it.
 
-Layer by layer, in the order in which data flows: the columns of a weight matrix are rounded one after the other, and the
-error of each is made up for by the columns not rounded yet, as the layer's own inputs weigh it (GPTQ, Frantar et al., arXiv
-2210.17323). Then every column is rounded anew, given all others, again and again (QuantEase, Behdin et al., arXiv
-2309.01885). The inputs are those that the student sees, behind layers rounded before; the target is what the teacher
+Layer by layer, in the order in which data flows, weights are rounded as the layer's own inputs weigh the errors
+(:mod:`.gptq`). The inputs are those that the student sees, behind layers rounded before; the target is what the teacher
 computes from its own (as in GPTAQ, arXiv 2504.02692), so that errors do not add up from layer to layer. A layer whose output
 is added to the residual stream makes up for the error of that stream too, as far as its inputs tell.
 """
@@ -27,6 +25,7 @@ from ..config import TernaryConfig
 from ..modules import FakeTernaryLinear
 from ..ternarize import dequantize, quantize_activation, ternary_codes, ternary_scale
 from .data import by_length
+from .gptq import coordinate_descent, gptq_round
 from .student import Encoder, add_dense, dense_of, load_teacher, make_student, pack_student, ternary_layers
 from .texts import Collator, TokenizedTexts
 
@@ -36,14 +35,8 @@ DAMPING = 0.2
 # Scales that are tried for every row, as multiples of the least-squares scale.
 MULTIPLES = (0.7, 0.8, 0.9, 1.0, 1.1)
 
-# Columns whose errors are spread over the rest of the matrix at once.
-BLOCK = 128
-
 # What `a + b` may be to a TorchFunctionMode.
 SUMS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__)
-
-# Rounds of the coordinate descent; later ones hardly change anything.
-SWEEPS = 10
 
 # Strengths of the ridge that are tried for the Dense module.
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -352,91 +345,13 @@ def _compensate_layer(layer: FakeTernaryLinear, original: nn.Linear, mean: _Stat
     scale = ternary_scale(wanted, layer.weight_scheme, layer.group_size)
     # Every row with every multiple at once, then the best of each row.
     candidates = torch.cat([scale * multiple for multiple in MULTIPLES])
-    masters, scales = round_with_compensation(wanted.repeat(len(MULTIPLES), 1), candidates, hessian)
+    masters, scales = gptq_round(wanted.repeat(len(MULTIPLES), 1), candidates, hessian)
     errors = wanted.repeat(len(MULTIPLES), 1) - dequantize(ternary_codes(masters, scales), scales)
     best = ((errors @ hessian) * errors).sum(1).view(len(MULTIPLES), -1).argmin(0)
     row = best * len(wanted) + torch.arange(len(wanted), device=best.device)
-    master, scale = round_again(wanted, masters[row], scales[row], hessian)
+    master, scale = coordinate_descent(wanted, masters[row], scales[row], hessian)
     layer.weight.copy_(master)
     assert layer.weight_scale is not None
     layer.weight_scale.copy_(scale)
     if biased:
         layer.bias.copy_(original.bias + weight @ t + d - dequantize(ternary_codes(master, scale), scale) @ x)
-
-
-def round_with_compensation(
-    weight: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """GPTQ's rounding, columns of large Hessian diagonal first.
-
-    Args:
-        weight: float ``[out, in]``.
-        scale: float ``[out, groups]``.
-        hessian: positive definite ``[in, in]``.
-
-    Returns:
-        Weights ``[out, in]`` as they were when their column was rounded, errors of earlier columns included, and the scale
-        (with one a row refitted to the codes): :func:`hf_ternary.ternarize.ternary_codes` of the two are the codes.
-    """
-    order = hessian.diagonal().argsort(descending=True)
-    # Columns as rows, so that what is read together lies together.
-    rest = weight.t()[order].contiguous()
-    levels = scale.t().repeat_interleave(weight.shape[1] // scale.shape[1], 0)[order].contiguous()
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order])), upper=True)
-    for start in range(0, len(rest), BLOCK):
-        stop = min(start + BLOCK, len(rest))
-        errors = torch.empty_like(rest[start:stop])
-        for i in range(start, stop):
-            errors[i - start] = (rest[i] - _to_level(rest[i], levels[i])) / inverse[i, i]
-            rest[i + 1 : stop].addr_(inverse[i, i + 1 : stop], errors[i - start], alpha=-1)
-        rest[stop:].addmm_(inverse[start:stop, stop:].t(), errors, alpha=-1)
-    return _refit(weight, rest[order.argsort()].t().contiguous(), scale, hessian)
-
-
-def round_again(
-    weight: torch.Tensor, master: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinate descent: round every column to the level that is best given the codes of all others, :data:`SWEEPS` times.
-
-    Args:
-        weight: float ``[out, in]``, what is approximated.
-        master, scale: a rounding of it, as :func:`round_with_compensation` returns; the error never grows from there.
-        hessian: positive definite ``[in, in]``.
-
-    Returns:
-        As :func:`round_with_compensation`; a weight is what would have been best for it without rounding.
-    """
-    for _ in range(SWEEPS):
-        levels = scale.t().repeat_interleave(weight.shape[1] // scale.shape[1], 0)
-        rounded = dequantize(ternary_codes(master, scale), scale).t().contiguous()  # columns as rows, as above
-        best = torch.empty_like(rounded)
-        slope = hessian @ (weight.t() - rounded)
-        for start in range(0, len(rounded), BLOCK):
-            stop = min(start + BLOCK, len(rounded))
-            before = rounded[start:stop].clone()
-            for i in range(start, stop):
-                best[i] = rounded[i] + slope[i] / hessian[i, i]
-                new = _to_level(best[i], levels[i])
-                slope[i:stop].addr_(hessian[i:stop, i], new - rounded[i], alpha=-1)
-                rounded[i] = new
-            slope[stop:].addmm_(hessian[stop:, start:stop], rounded[start:stop] - before, alpha=-1)
-        master, scale = _refit(weight, best.t().contiguous(), scale, hessian)
-    return master, scale
-
-
-def _to_level(column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """A column ``[out]`` of a weight, rounded to the levels that its scales ``[out]`` give."""
-    return dequantize(ternary_codes(column[:, None], scale[:, None]), scale[:, None])[:, 0]
-
-
-def _refit(
-    weight: torch.Tensor, master: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best scale for the codes if there is one a row, and weights that keep these codes."""
-    if scale.shape[1] > 1:
-        return master, scale
-    codes = ternary_codes(master, scale).float()
-    weighted = codes @ hessian
-    refitted = (weighted * weight).sum(1, keepdim=True) / (weighted * codes).sum(1, keepdim=True)
-    refitted = torch.where(refitted > 0, refitted, scale)  # not for a row of zeros (NaN)
-    return master * torch.where(scale > 0, refitted / scale, 1.0), refitted

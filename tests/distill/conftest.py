@@ -18,6 +18,12 @@ def make_texts(count: int = 400, seed: int = 0) -> list[str]:
     return [f"{i} " + " ".join(rng.choice(WORDS, rng.integers(2, 20))) for i in range(count)]
 
 
+def output_error(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Mean squared error of ``x @ weight.T`` for inputs with that second moment."""
+    error = weight - other
+    return ((error @ hessian) * error).sum().item() / len(weight)
+
+
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
