@@ -21,9 +21,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from .evaluation.results import weights
 from .files import library_class, read_json
 from .info import read_info
+from .provenance import weights
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from hf_ternary.distill.trainer import claim, last_checkpoint
 from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.files import read_jsonl
 from hf_ternary.evaluation.report import compare, evaluate
-from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
 from hf_ternary.evaluation.tasks import local_tasks
+from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
 from options import parse
 
 try:

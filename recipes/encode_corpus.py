@@ -39,7 +39,7 @@ from pyarrow import parquet
 from rich.progress import track
 from sentence_transformers import SentenceTransformer
 
-from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
+from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 TRAINING_VECTORS = 64  # for every list of the index

@@ -22,8 +22,8 @@ from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.fidelity import fidelity
 from hf_ternary.evaluation.files import read_texts
 from hf_ternary.evaluation.report import add_fidelity, check_baseline, compare, evaluate, read_baseline, summarize, table
-from hf_ternary.evaluation.results import provenance, weights, write_json
 from hf_ternary.evaluation.tasks import SEED, local_tasks, mteb_tasks
+from hf_ternary.provenance import provenance, weights, write_json
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

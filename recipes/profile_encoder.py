@@ -29,7 +29,7 @@ from sentence_transformers import SentenceTransformer
 
 import hf_ternary
 from benchmark_encoder import linear_macs, peak_gmacs
-from hf_ternary.evaluation.results import provenance, write_json
+from hf_ternary.provenance import provenance, write_json
 
 LENGTHS = (4, 8, 16, 32, 64, 128, 256, 512)  # tokens
 SAMPLED = (16, 192)  # tokens: about a query and a passage

@@ -35,7 +35,7 @@ from hf_ternary.distill.run import keep_freed_memory
 from hf_ternary.distill.student import pooling_mode
 from hf_ternary.distill.trainer import claim, last_checkpoint
 from hf_ternary.evaluation.files import check_depth, read_labelled_images
-from hf_ternary.evaluation.results import PACKAGES, provenance, weights, write_json
+from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
 from options import parse
 
 # Options that decide the outcome: a stopped run goes on only with the same.

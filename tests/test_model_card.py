@@ -12,10 +12,10 @@ import transformers
 from huggingface_hub import ModelCard
 
 from hf_ternary import TernaryConfig
-from hf_ternary.evaluation.results import provenance, weights
 from hf_ternary.hub import save_pretrained
 from hf_ternary.info import read_info
 from hf_ternary.model_card import PLACEHOLDER, create, set_repo_id
+from hf_ternary.provenance import provenance, weights
 
 from .conftest import save_tiny_bert, save_tiny_vit
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from ..evaluation.results import hash_file
+from ..provenance import hash_file
 
 # Inputs of a pool are sorted by length before batches are cut from it, so that hardly anything is padding.
 BATCHES_A_POOL = 64

@@ -13,9 +13,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments, set_seed
 
-from ..evaluation.results import provenance, weights, write_json
 from ..files import read_json
 from ..hub import check_target, make_repository, push_to_hub, save_pretrained
+from ..provenance import provenance, weights, write_json
 from .arguments import DistillArguments
 from .calibrate import compensate, fit_dense
 from .data import Corpus

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..evaluation.results import write_json
 from ..files import read_json
+from ..provenance import write_json
 from . import losses
 from .arguments import DistillArguments
 from .data import TokenBatches, by_length

@@ -5,8 +5,7 @@
 - `encoder`: the model as mteb sees it; encodes each distinct text once
 - `fidelity`: agreement with the teacher on texts without labels
 - `report`: runs the tasks, compares with the baseline, prints the table
-- `results`: provenance of a measurement, for every results JSON of the project
 
-`files` and `results` are free of heavy imports; `fidelity` needs what sentence-transformers brings, the others
+`files` is free of heavy imports; `fidelity` needs what sentence-transformers brings, the others
 `pip install "hf_ternary[eval]"`.
 """

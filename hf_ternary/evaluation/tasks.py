@@ -48,8 +48,8 @@ except ImportError as error:
 
 from datasets import Dataset
 
+from ..provenance import hash_file
 from .files import find_images, read_jsonl, read_labelled_images, read_number, read_object, read_tsv
-from .results import hash_file
 
 SEED = 42  # MTEB's own
 SPLITS = ("test", "dev")

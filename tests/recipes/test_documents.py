@@ -17,7 +17,7 @@ import adapt_lora
 import train_vit
 from hf_ternary import TernaryConfig, cli
 from hf_ternary.distill import DistillArguments
-from hf_ternary.evaluation.results import weights
+from hf_ternary.provenance import weights
 from options import parse
 from tests.test_architectures import ARCHITECTURES
 

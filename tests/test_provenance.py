@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import hf_ternary
-from hf_ternary.evaluation.results import provenance, weights, write_json
+from hf_ternary.provenance import provenance, weights, write_json
 
 
 def test_provenance() -> None:
@@ -38,7 +38,7 @@ def test_threads_are_those_of_torch() -> None:
 
 
 def test_importing_it_is_light() -> None:
-    code = "import sys; from hf_ternary.evaluation.results import provenance; provenance(); print(*sys.modules)"
+    code = "import sys; from hf_ternary.provenance import provenance; provenance(); print(*sys.modules)"
     root = Path(hf_ternary.__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert not {"torch", "mteb", "numpy"} & set(run.stdout.split())
@@ -50,13 +50,13 @@ def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    file = tmp_path / "results.py"
+    file = tmp_path / "provenance.py"
     file.write_text("1\n")
-    monkeypatch.setattr("hf_ternary.evaluation.results.__file__", str(file))
+    monkeypatch.setattr("hf_ternary.provenance.__file__", str(file))
     assert provenance()["commit"] is None
     git("init", "-q")
     assert provenance()["commit"] is None  # in a checkout, but not of it
-    git("add", "results.py")
+    git("add", "provenance.py")
     git("commit", "-q", "-m", "first")
     assert provenance()["commit"] == git("rev-parse", "HEAD")
     file.write_text("2\n")

@@ -1,4 +1,4 @@
-"""Provenance: on what, with what and by which code a number was measured. One function for every results JSON.
+"""On what, with what and by which code a number was measured or a model made: one function for every JSON of the project.
 
 Imports neither torch nor anything else heavy; what torch knows (threads, GPU) is taken from it if it is loaded already.
 """
@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..ops.backends import cores
-from ..version import __version__
+from .ops.backends import cores
+from .version import __version__
 
 PACKAGES = (
     "torch",
