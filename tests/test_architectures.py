@@ -10,56 +10,9 @@ from torch import nn
 
 from hf_ternary import TernaryConfig, TernaryLinear
 from hf_ternary.modules import QuantizedEmbedding
+from tests.helpers import ARCHITECTURES, build
 
-TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 200}
-ENCODER = {**TEXT, "max_position_embeddings": 160, "pad_token_id": 0}
-DECODER = {**ENCODER, "num_key_value_heads": 2, "head_dim": 8}
-VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-TOWERS = {
-    "text_config": {**TEXT, "max_position_embeddings": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-    "vision_config": {**VISION, "intermediate_size": 64},
-}
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-
-# name: (model class, config class, options, ternary layers, quantized tables)
-T5 = {"vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 BART = {"vocab_size": 200, "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
-ARCHITECTURES = {
-    "BERT": ("BertModel", "BertConfig", ENCODER, 12, 2),
-    "BERT, masked language model": ("BertForMaskedLM", "BertConfig", ENCODER, 12, 2),
-    "BERT, classifier": ("BertForSequenceClassification", "BertConfig", {**ENCODER, "num_labels": 1}, 12, 2),
-    "RoBERTa": ("RobertaModel", "RobertaConfig", ENCODER, 12, 2),
-    "XLM-RoBERTa": ("XLMRobertaModel", "XLMRobertaConfig", ENCODER, 12, 2),
-    "MPNet": ("MPNetModel", "MPNetConfig", ENCODER, 12, 2),
-    "DistilBERT": (
-        "DistilBertModel",
-        "DistilBertConfig",
-        {"vocab_size": 200, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 160},
-        12,
-        2,
-    ),
-    "ModernBERT": ("ModernBertModel", "ModernBertConfig", {**ENCODER, **SPECIAL}, 8, 1),
-    "ALBERT": ("AlbertModel", "AlbertConfig", {**ENCODER, "embedding_size": 16}, 6, 2),
-    "ELECTRA": ("ElectraModel", "ElectraConfig", {**ENCODER, "embedding_size": 16}, 12, 2),
-    "T5 encoder": ("T5EncoderModel", "T5Config", T5, 10, 1),  # wo stays float: T5 keeps it in float32
-    "LongT5 encoder": ("LongT5EncoderModel", "LongT5Config", T5, 10, 1),  # wo stays float: its dtype is looked at
-    "NomicBERT": ("NomicBertModel", "NomicBertConfig", ENCODER, 14, 1),
-    "Qwen3": ("Qwen3Model", "Qwen3Config", DECODER, 14, 1),
-    "Gemma 3": ("Gemma3TextModel", "Gemma3TextConfig", DECODER, 14, 1),
-    "ViT": ("ViTModel", "ViTConfig", {**VISION, "intermediate_size": 64}, 12, 0),
-    "DINOv2": ("Dinov2Model", "Dinov2Config", {**VISION, "mlp_ratio": 2}, 12, 0),
-    "CLIP": ("CLIPModel", "CLIPConfig", {**TOWERS, "projection_dim": 16}, 24, 1),
-    "SigLIP": ("SiglipModel", "SiglipConfig", TOWERS, 24, 1),
-}
-
-
-def build(name: str, path: Path) -> type:
-    """Save a random float model of architecture ``name``; returns its class."""
-    model_class, config_class, options = ARCHITECTURES[name][:3]
-    if not hasattr(hf, config_class):
-        pytest.skip(f"transformers {hf.__version__} has no {config_class}")
-    getattr(hf, model_class)(getattr(hf, config_class)(**options)).save_pretrained(path)
-    return getattr(hf, model_class)
 
 
 def expected(name: str) -> tuple[int, int]:

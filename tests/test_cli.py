@@ -28,9 +28,8 @@ from hf_ternary import cli
 from hf_ternary.__main__ import main
 from hf_ternary.hub import save_pretrained
 from hf_ternary.info import read_info
-
-from .conftest import SENTENCES, VOCAB_SIZE, save_tiny_bert, save_tiny_vit
-from .hub_server import TOKEN, HubServer
+from tests.conftest import SENTENCES, VOCAB_SIZE, save_tiny_bert, save_tiny_vit
+from tests.hub_server import TOKEN, HubServer
 
 COMMANDS = ["quantize", "info", "encode", "bench", "push"]
 

@@ -21,65 +21,18 @@ from torch.nn import functional as F
 from hf_ternary import TernaryConfig, architectures, encoder
 from hf_ternary.modules import TernaryLinear
 from hf_ternary.ops import backends
-
-from .conftest import VOCAB_SIZE, tiny_bert_config
+from tests.conftest import VOCAB_SIZE, tiny_bert_config
+from tests.helpers import EOS, HIDDEN, PAD, PIXELS, VISION, batch, embed, make_model
 
 pytestmark = pytest.mark.skipif(backends.choose().backend == "reference", reason="the C++ kernels are not built")
 
 TEXT = ["bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "modernbert", "clip_text_model"]
-VISION = ["vit", "dinov2", "clip_vision_model"]
 KERNELS = [name for name in backends.usable() if name != "reference"]
-HIDDEN, PAD, EOS, PIXELS = 32, 1, 2, 40
-
-
-def tiny_config(model_type: str, **options: Any) -> Any:
-    from transformers import AutoConfig
-
-    if model_type == "bert":
-        return tiny_bert_config(**options)
-    if model_type == "distilbert":
-        sizes = {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
-    else:
-        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    if model_type in VISION:
-        sizes |= {"image_size": PIXELS, "patch_size": 8}
-    else:
-        sizes |= {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 160}
-    if model_type in ("modernbert", "clip_text_model"):
-        sizes |= {"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": EOS}
-    if model_type == "modernbert":
-        sizes |= {"local_attention": 16, "cls_token_id": 0, "sep_token_id": EOS}
-    return AutoConfig.for_model(model_type, **{**sizes, **options})
-
-
-def make(folder: Path, model_type: str = "bert", ternary: TernaryConfig | None = None, **options: Any) -> Any:
-    """A packed model of random weights, in evaluation mode."""
-    from transformers import AutoModel
-
-    torch.manual_seed(0)
-    model = AutoModel.from_config(tiny_config(model_type, **options))
-    for parameter in model.parameters():
-        if parameter.ndim == 1:  # biases are all 0, and norms all alike: one left out, or in another's place, would not show
-            spread = torch.rand_like(parameter) + 0.5
-            parameter.data = parameter.data * spread if parameter.any() else 0.2 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return AutoModel.from_pretrained(folder, quantization_config=ternary or TernaryConfig()).eval()
 
 
 @pytest.fixture
 def bert(tmp_path: Path) -> Any:
-    return make(tmp_path / "bert")
-
-
-def batch(lengths: list[int], width: int | None = None, left: bool = False) -> dict[str, torch.Tensor]:
-    """Random ids, padded to ``width``; the same row for the same length whatever the batch."""
-    width = width or max(lengths)
-    ids, mask = torch.full((len(lengths), width), PAD), torch.zeros(len(lengths), width, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        columns = slice(width - length, width) if left else slice(0, length)
-        ids[row, columns] = torch.randint(5, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length))
-        mask[row, columns] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return make_model(tmp_path / "bert")
 
 
 def images(count: int) -> dict[str, torch.Tensor]:
@@ -109,11 +62,6 @@ def module_wise(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         return model(**inputs).last_hidden_state.detach()
 
 
-def embed(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    mask = torch.ones(states.shape[:2]).unsqueeze(-1) if mask is None else mask.unsqueeze(-1)
-    return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-
-
 def assert_same_embeddings(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     output = native_output(model, inputs)
     reference = model(**inputs)
@@ -137,7 +85,7 @@ def assert_same_embeddings(model: Any, inputs: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("model_type", TEXT)
 def test_equals_the_module_wise_path(model_type: str, tmp_path: Path):
-    model = make(tmp_path, model_type)
+    model = make_model(tmp_path, model_type)
     for lengths in [[1], [7], [128], [1, 2, 15, 16, 17, 33, 100]]:
         assert_same_embeddings(model, batch(lengths))
     assert_same_embeddings(model, batch([3, 20], width=24, left=True))
@@ -145,7 +93,7 @@ def test_equals_the_module_wise_path(model_type: str, tmp_path: Path):
 
 @pytest.mark.parametrize("model_type", VISION)
 def test_images_equal_the_module_wise_path(model_type: str, tmp_path: Path):
-    model = make(tmp_path, model_type)
+    model = make_model(tmp_path, model_type)
     for inputs in images(1), images(5):
         assert_same_embeddings(model, inputs)
 
@@ -156,7 +104,7 @@ def test_images_equal_the_module_wise_path(model_type: str, tmp_path: Path):
 def test_vectors_in_each_others_place_would_show(
     model_type: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    model = make(tmp_path, model_type)
+    model = make_model(tmp_path, model_type)
     inputs = images(2) if model_type in VISION else batch([3, 20])
     family = bound(model).hf_ternary_base.__name__
     swapped = tuple(replace(way, **{name: getattr(way, name)[::-1]}) for way in architectures.ARCHITECTURES[family])
@@ -167,7 +115,7 @@ def test_vectors_in_each_others_place_would_show(
 
 
 def test_images_of_another_size(tmp_path: Path):
-    model = make(tmp_path, "vit")
+    model = make_model(tmp_path, "vit")
     pixels = {"pixel_values": torch.randn(2, 3, 24, 56)}
     assert_same_embeddings(model, {**pixels, "interpolate_pos_encoding": True})
     with pytest.raises(ValueError, match="doesn't match"), torch.inference_mode():
@@ -177,7 +125,7 @@ def test_images_of_another_size(tmp_path: Path):
 
 @pytest.mark.parametrize("model_type", VISION)
 def test_changed_positions_of_images_are_noticed(model_type: str, tmp_path: Path):
-    model = make(tmp_path, model_type)
+    model = make_model(tmp_path, model_type)
     before = native(model, images(2))
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "position_embedding" in name).normal_()
@@ -188,7 +136,7 @@ def test_changed_positions_of_images_are_noticed(model_type: str, tmp_path: Path
 def test_masked_patches_equal_the_module_wise_path(tmp_path: Path):
     from transformers import ViTModel
 
-    make(tmp_path, "vit")
+    make_model(tmp_path, "vit")
     model = ViTModel.from_pretrained(tmp_path, quantization_config=TernaryConfig(), use_mask_token=True).eval()
     masked = torch.zeros(2, (PIXELS // 8) ** 2, dtype=torch.bool)
     masked[0, :3] = True
@@ -232,7 +180,7 @@ def test_differs_from_the_module_wise_path_by_rounding_noise_only(minilm: Path):
     ids=str,
 )
 def test_options_of_bert(options: dict[str, Any], tmp_path: Path):
-    assert_same_embeddings(make(tmp_path, "bert", **options), batch([1, 5, 31, 64]))
+    assert_same_embeddings(make_model(tmp_path, "bert", **options), batch([1, 5, 31, 64]))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +198,7 @@ def test_options_of_bert(options: dict[str, Any], tmp_path: Path):
     ids=str,
 )
 def test_options_of_pre_norm_encoders(model_type: str, options: dict[str, Any], tmp_path: Path):
-    model = make(tmp_path, model_type, **options)
+    model = make_model(tmp_path, model_type, **options)
     inputs = images(3) if model_type in VISION else batch([1, 5, 31, 64])
     if model_type == "clip_text_model":
         inputs["input_ids"][:, 0] = options.get("eos_token_id", EOS)
@@ -283,7 +231,7 @@ def test_rotation_and_windows(kernel: str, tmp_path: Path, monkeypatch: pytest.M
     changes: list[dict[str, Any]] = [{}, {"local_attention": 12}, {"rope_parameters": ropes}]
     found = []
     for number, change in enumerate(changes):
-        model = make(tmp_path / str(number), "modernbert", **SHARP, **change)
+        model = make_model(tmp_path / str(number), "modernbert", **SHARP, **change)
         assert_same_embeddings(model, inputs)
         found.append(embed(native(model, inputs), inputs["attention_mask"]))
     for other in found[1:]:
@@ -298,7 +246,7 @@ def test_a_query_of_zeros_sees_what_it_may_and_no_more(
 ):
     used = force(kernel, monkeypatch)
     window = {"local_attention": 12} if model_type == "modernbert" else {}
-    model = make(tmp_path, model_type, initializer_range=0.1, **window)
+    model = make_model(tmp_path, model_type, initializer_range=0.1, **window)
     for name, module in model.named_modules():
         if isinstance(module, TernaryLinear) and name.endswith(("query", "Wqkv")):
             rows = len(module.weight) // (3 if name.endswith("Wqkv") else 1)
@@ -313,7 +261,7 @@ def test_a_query_of_zeros_sees_what_it_may_and_no_more(
 
 def test_a_long_text(tmp_path: Path):
     options = {"max_position_embeddings": 8192, "local_attention": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
-    model = make(tmp_path, "modernbert", **options)
+    model = make_model(tmp_path, "modernbert", **options)
     inputs = batch([8192])
     with torch.inference_mode():
         theirs = model.hf_ternary_base.forward(model, **inputs).last_hidden_state  # gradients would take a gigabyte
@@ -326,7 +274,7 @@ def test_a_long_text(tmp_path: Path):
 
 
 def test_causal_tokens_see_nothing_later(tmp_path: Path):
-    model = make(tmp_path, "clip_text_model")
+    model = make_model(tmp_path, "clip_text_model")
     inputs = batch([100])
     states = native(model, inputs)
     inputs["input_ids"][:, 37:] += 1
@@ -339,7 +287,7 @@ def test_causal_tokens_see_nothing_later(tmp_path: Path):
 @pytest.mark.parametrize("model_type", [*TEXT, *VISION])
 def test_every_kernel(model_type: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     used = force(kernel, monkeypatch)
-    model = make(tmp_path, model_type)
+    model = make_model(tmp_path, model_type)
     if model_type in VISION:
         assert_same_embeddings(model, images(2))
         assert torch.equal(native(model, images(1)), native(model, images(3))[:1])
@@ -362,7 +310,7 @@ def test_every_kernel(model_type: str, kernel: str, tmp_path: Path, monkeypatch:
     ids=lambda c: f"{c.group_size}-{c.embedding_bits}-{c.embedding_group_size}",
 )
 def test_ternary_options(ternary: TernaryConfig, tmp_path: Path):
-    assert_same_embeddings(make(tmp_path, "bert", ternary), batch([1, 5, 31, 64]))
+    assert_same_embeddings(make_model(tmp_path, "bert", ternary), batch([1, 5, 31, 64]))
 
 
 def test_token_types(bert: Any):
@@ -375,7 +323,7 @@ def test_token_types(bert: Any):
 @pytest.mark.parametrize("model_type", ["roberta", "mpnet"])
 def test_ids_of_padding_inside_a_text(model_type: str, tmp_path: Path):
     """Of which these families count no position."""
-    model, inputs = make(tmp_path, model_type), batch([4, 9])
+    model, inputs = make_model(tmp_path, model_type), batch([4, 9])
     before = native(model, inputs)
     inputs["input_ids"][1, 2:5] = PAD
     assert_same_embeddings(model, inputs)
@@ -398,7 +346,7 @@ def test_padding_gives_zeros(bert: Any):
 
 @pytest.mark.parametrize("model_type", TEXT)
 def test_same_bits_in_any_batch_with_any_padding_on_any_threads(model_type: str, tmp_path: Path):
-    model = make(tmp_path, model_type)
+    model = make_model(tmp_path, model_type)
     lengths = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 128] * 3
     alone = {n: native(model, batch([n]))[0] for n in set(lengths)}
     before = torch.get_num_threads()
@@ -417,7 +365,7 @@ def test_same_bits_in_any_batch_with_any_padding_on_any_threads(model_type: str,
 
 @pytest.mark.parametrize("model_type", VISION)
 def test_same_bits_for_an_image_in_any_batch_on_any_threads(model_type: str, tmp_path: Path):
-    model = make(tmp_path, model_type)
+    model = make_model(tmp_path, model_type)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -488,7 +436,7 @@ def test_another_default_device_is_none_of_its_business(bert: Any):
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_runs_on_the_threads_of_torch(tmp_path: Path):
     """Others of our own would starve: torch's spin for a while after each parallel op, as after embedding an image."""
-    make(tmp_path / "float", "vit").save_pretrained(tmp_path / "packed")
+    make_model(tmp_path / "float", "vit").save_pretrained(tmp_path / "packed")
     script = f"""
 import os, torch, transformers
 model = transformers.AutoModel.from_pretrained({str(tmp_path / "packed")!r}).eval()
@@ -536,7 +484,7 @@ def falls_back(model: Any, inputs: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
 def test_hidden_states_and_attentions_come_from_the_modules(asked: str, tmp_path: Path):
-    model = make(tmp_path)
+    model = make_model(tmp_path)
     model.set_attn_implementation("eager")
     output = falls_back(model, {**batch([5]), asked: True})
     assert getattr(output, asked.removeprefix("output_"))
@@ -617,13 +565,13 @@ def test_a_submodule_in_training_falls_back(bert: Any):
     ],
 )
 def test_numbers_that_do_not_fit_are_told(model_type: str, damage: Any, why: str, tmp_path: Path):
-    model = make(tmp_path, model_type)
+    model = make_model(tmp_path, model_type)
     damage(model)
     assert why in encoder.explain(model)[""]
 
 
 def test_a_dict_of_masks_falls_back(tmp_path: Path):
-    model = make(tmp_path, "modernbert")
+    model = make_model(tmp_path, "modernbert")
     masks = {"full_attention": None, "sliding_attention": None}
     with torch.inference_mode():
         assert encoder._forward(bound(model), {**batch([5]), "attention_mask": masks}) is None
@@ -696,21 +644,21 @@ def test_a_dequantized_model_falls_back(bert: Any):
 
 
 def test_float_activations_fall_back(tmp_path: Path):
-    falls_back(make(tmp_path, "bert", TernaryConfig(activation=None)), batch([5]))
+    falls_back(make_model(tmp_path, "bert", TernaryConfig(activation=None)), batch([5]))
 
 
 def test_a_float_layer_falls_back(tmp_path: Path):
-    model = make(tmp_path, "bert", TernaryConfig(modules_to_not_convert=["pooler", "layer.0"]))
+    model = make_model(tmp_path, "bert", TernaryConfig(modules_to_not_convert=["pooler", "layer.0"]))
     falls_back(model, batch([5]))
     assert "not ternary" in encoder.explain(model)[""]
 
 
 def test_decoders_fall_back(tmp_path: Path):
-    falls_back(make(tmp_path, is_decoder=True), batch([5]))
+    falls_back(make_model(tmp_path, is_decoder=True), batch([5]))
 
 
 def test_an_activation_function_that_is_not_known_falls_back(tmp_path: Path):
-    model = make(tmp_path, hidden_act="mish")
+    model = make_model(tmp_path, hidden_act="mish")
     falls_back(model, batch([5]))
     assert "mish" in encoder.explain(model)[""]
 
@@ -718,13 +666,13 @@ def test_an_activation_function_that_is_not_known_falls_back(tmp_path: Path):
 def test_rotations_by_another_rule_fall_back(tmp_path: Path):
     rope = {"rope_type": "default", "rope_theta": 10.0}
     ropes = {"full_attention": {**rope, "rope_type": "linear", "factor": 2.0}, "sliding_attention": rope}
-    model = make(tmp_path, "modernbert", rope_parameters=ropes)
+    model = make_model(tmp_path, "modernbert", rope_parameters=ropes)
     falls_back(model, batch([5]))
     assert "'rope_type': 'linear'" in encoder.explain(model)[""]
 
 
 def test_unknown_names_of_modules_fall_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model = make(tmp_path, "vit")
+    model = make_model(tmp_path, "vit")
     monkeypatch.setitem(architectures.ARCHITECTURES, "ViTModel", architectures.ARCHITECTURES["CLIPVisionModel"])
     falls_back(model, images(1))
     assert "other names" in encoder.explain(model)[""]
@@ -740,11 +688,11 @@ def test_unknown_names_of_modules_fall_back(tmp_path: Path, monkeypatch: pytest.
     ids=["double", "tuple", "hidden states"],
 )
 def test_unusual_images_fall_back(change: Any, tmp_path: Path):
-    falls_back(make(tmp_path, "vit"), change(images(2)))
+    falls_back(make_model(tmp_path, "vit"), change(images(2)))
 
 
 def test_a_masked_end_of_text_falls_back(tmp_path: Path):
-    model = make(tmp_path, "clip_text_model", eos_token_id=7)
+    model = make_model(tmp_path, "clip_text_model", eos_token_id=7)
     inputs = batch([4, 9])
     inputs["input_ids"][:, 4] = 7
     falls_back(model, inputs)

@@ -33,11 +33,9 @@ from hf_ternary.files import model_folder
 from hf_ternary.hub import push_to_hub, save_pretrained
 from hf_ternary.info import read_info
 from hf_ternary.ops import backends
-
-from .conftest import SENTENCES, tiny_tokenizer
-from .hub_server import TOKEN, File, HubServer, Repository
-from .test_architectures import build
-from .test_model_card import write_results, write_summary
+from tests.conftest import SENTENCES, tiny_tokenizer
+from tests.helpers import build, write_results, write_summary
+from tests.hub_server import TOKEN, File, HubServer, Repository
 
 KINDS = ["SentenceTransformer", "CrossEncoder", "SparseEncoder", "BertModel"]
 PACKED = {"quantization_config": TernaryConfig()}

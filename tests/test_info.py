@@ -10,8 +10,7 @@ from transformers import BertModel
 from hf_ternary import TernaryConfig, TernaryLinear
 from hf_ternary.info import read_info
 from hf_ternary.modules import QuantizedEmbedding
-
-from .conftest import save_tiny_bert
+from tests.conftest import save_tiny_bert
 
 
 def packed(source: Path, target: Path, **options: object) -> BertModel:

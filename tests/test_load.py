@@ -19,8 +19,7 @@ import pytest
 import hf_ternary
 from hf_ternary.architectures import MODEL_TYPES, UnsupportedError
 from hf_ternary.ops import backends
-
-from .conftest import SENTENCES, VOCAB_SIZE, save_sentence_transformer, tiny_tokenizer
+from tests.conftest import SENTENCES, VOCAB_SIZE, save_sentence_transformer, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(backends.choose().backend == "reference", reason="the C++ kernels are not built")
 

@@ -15,9 +15,9 @@ from hf_ternary import TernaryConfig
 from hf_ternary.hub import save_pretrained
 from hf_ternary.info import read_info
 from hf_ternary.model_card import PLACEHOLDER, create, set_repo_id
-from hf_ternary.provenance import provenance, weights
-
-from .conftest import save_tiny_bert, save_tiny_vit
+from hf_ternary.provenance import weights
+from tests.conftest import save_tiny_bert, save_tiny_vit
+from tests.helpers import write_results, write_summary
 
 ORIENTATION = 0x0112  # Exif's tag
 
@@ -30,22 +30,6 @@ def quantized(source: Path, target: Path, model_class: str = "BertModel", **opti
 @pytest.fixture
 def folder(tiny_bert: Path, tmp_path: Path) -> Path:
     return quantized(tiny_bert, tmp_path / "packed", embedding_bits=4)
-
-
-def write_results(path: Path, folder: Path, **changes: Any) -> Path:
-    """A results JSON as recipes/evaluate.py writes it."""
-    score = {"task": "STSBenchmark", "type": "STS", "metric": "cosine_spearman", "splits": ["test"]}
-    report = {
-        "model": "packed",
-        "weights": weights(folder),
-        "baseline": "tester/teacher",
-        "scores": [{**score, "score": 0.81234, "baseline": 0.82, "retention": 0.81234 / 0.82}],
-        "fidelity": {"file": "texts.txt", "cosine": 0.9512, "overlap_at_10": 0.8},
-        **provenance(seed=7),
-        **changes,
-    }
-    path.write_text(json.dumps(report))
-    return path
 
 
 def test_metadata(folder: Path) -> None:
@@ -100,31 +84,6 @@ def test_results_of_other_weights_are_refused(folder: Path, tiny_bert: Path, tmp
         create(folder, "packed", results=write_results(tmp_path / "results.json", other))
     with pytest.raises(ValueError, match=r"holds no scores\. Fix"):
         create(folder, "packed", results=write_results(tmp_path / "results.json", folder, scores=[]))
-
-
-def write_summary(path: Path, folder: Path, **changes: Any) -> Path:
-    """What a distillation writes beside its model: a second run, which went on from the first one's."""
-    run = {
-        "options": {"init": "compensated", "learning_rate": 4e-4, "fixed_codes": False},
-        "sources": [{"source": "wiki.jsonl", "texts": 1200, "weight": 0.5, "sha256": "ab" * 32}],
-        "texts": {"train": 185_907, "held_out": 420},
-        "steps": 5500,
-        "tokens": 20_415_428,
-        "fidelity": {"eval_cosine": 0.92475},
-    }
-    more = {"source": "me/news", "texts": 30, "weight": 1.0}
-    last = {
-        **run,
-        "weights": weights(folder),
-        "student": {"bytes": 9, "sha256": "cd" * 32},
-        "earlier": [run],
-        "options": {**run["options"], "fixed_codes": True},
-        "sources": [{**run["sources"][0], "weight": 1.0}, more],
-        "fidelity": {},
-        **changes,
-    }
-    path.write_text(json.dumps(last))
-    return path
 
 
 def test_training_comes_from_the_summaries_of_the_runs(folder: Path, tmp_path: Path) -> None:

@@ -12,13 +12,11 @@ from hf_ternary import TernaryConfig, encoder
 from hf_ternary.architectures import ACTIVATION_FUNCTIONS
 from hf_ternary.ops import backends, reference
 from hf_ternary.ternarize import quantize_activation
-
-from .ops.test_native import make_layer, same
-from .test_encoder import PAD, batch, embed, make
+from tests.helpers import PAD, batch, embed, make_layer, make_model, same
 
 pytest.importorskip("triton", reason='pip install "hf_ternary[gpu]"')
 triton_encoder = pytest.importorskip("hf_ternary.triton_encoder")
-from .ops.test_triton import DEVICE, INTERPRETED, SMALL_TILES, compile_for, kernels, poison, set_tiles  # noqa: E402
+from tests.ops.test_triton import DEVICE, INTERPRETED, SMALL_TILES, compile_for, kernels, poison, set_tiles  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(
@@ -65,7 +63,7 @@ def assert_same_embeddings(model: Any, inputs: dict[str, torch.Tensor], toleranc
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "mpnet", "distilbert"])
 def test_equals_the_modules(model_type: str, tmp_path: Path) -> None:
-    model = make(tmp_path, model_type)
+    model = make_model(tmp_path, model_type)
     assert_same_embeddings(model, batch([1, 2, 15]))
     if model_type in ("bert", "roberta"):  # the others count positions as one of these two
         assert_same_embeddings(model, batch([3, 5], width=9, left=True))
@@ -82,26 +80,26 @@ def test_equals_the_modules(model_type: str, tmp_path: Path) -> None:
     ids=str,
 )
 def test_options(options: dict[str, Any], ternary: TernaryConfig, tmp_path: Path) -> None:
-    assert_same_embeddings(make(tmp_path, "bert", ternary, num_hidden_layers=1, **options), batch([1, 5, 12]))
+    assert_same_embeddings(make_model(tmp_path, "bert", ternary, num_hidden_layers=1, **options), batch([1, 5, 12]))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_dtypes(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
     """The modules round every intermediate result to the dtype; the encoder only what it stores."""
-    assert_same_embeddings(make(tmp_path, num_hidden_layers=1).to(dtype), batch([2, 15]), tolerance)
+    assert_same_embeddings(make_model(tmp_path, num_hidden_layers=1).to(dtype), batch([2, 15]), tolerance)
 
 
 def test_token_types_and_ids_of_padding_inside_a_text(tmp_path: Path) -> None:
     inputs = batch([4, 9])
     inputs["token_type_ids"] = (torch.arange(9) > 3).long().expand(2, 9)
-    assert_same_embeddings(make(tmp_path / "bert", num_hidden_layers=1), inputs)
+    assert_same_embeddings(make_model(tmp_path / "bert", num_hidden_layers=1), inputs)
     inputs = batch([4, 9])
     inputs["input_ids"][1, 2:5] = PAD
-    assert_same_embeddings(make(tmp_path / "roberta", "roberta", num_hidden_layers=1), inputs)
+    assert_same_embeddings(make_model(tmp_path / "roberta", "roberta", num_hidden_layers=1), inputs)
 
 
 def test_same_bits_in_any_batch_with_any_padding_and_any_mask(tmp_path: Path) -> None:
-    model = make(tmp_path, num_hidden_layers=1).to(DEVICE)
+    model = make_model(tmp_path, num_hidden_layers=1).to(DEVICE)
 
     def states(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.inference_mode():
@@ -128,7 +126,7 @@ def test_same_bits_in_any_batch_with_any_padding_and_any_mask(tmp_path: Path) ->
     ids=["position_ids", "float mask", "hole", "empty text", "attentions"],
 )
 def test_unusual_inputs_fall_back(change: dict[str, Any], tmp_path: Path) -> None:
-    model = make(tmp_path)
+    model = make_model(tmp_path)
     model.set_attn_implementation("eager")
     model = model.to(DEVICE)
     inputs = {**batch([4, 9]), **change}
@@ -139,7 +137,7 @@ def test_unusual_inputs_fall_back(change: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_a_text_longer_than_the_positions_falls_back(tmp_path: Path) -> None:
-    model = make(tmp_path, max_position_embeddings=8).to(DEVICE)
+    model = make_model(tmp_path, max_position_embeddings=8).to(DEVICE)
     with torch.inference_mode():
         assert encoder._forward(model, {"input_ids": torch.zeros(1, 9, dtype=torch.int64, device=DEVICE)}) is None
 
@@ -154,14 +152,14 @@ def test_a_text_longer_than_the_positions_falls_back(tmp_path: Path) -> None:
     ids=str,
 )
 def test_models_that_fall_back(model_type: str, options: dict[str, Any], why: str, tmp_path: Path) -> None:
-    model = make(tmp_path, model_type, num_hidden_layers=1, **options).to(DEVICE)
+    model = make_model(tmp_path, model_type, num_hidden_layers=1, **options).to(DEVICE)
     assert why in encoder.explain(model)[""]
     with torch.inference_mode():
         assert encoder._forward(model, {name: tensor.to(DEVICE) for name, tensor in batch([4]).items()}) is None
 
 
 def test_ids_on_another_device_than_the_weights_fall_back(tmp_path: Path) -> None:
-    model = make(tmp_path).to(DEVICE)
+    model = make_model(tmp_path).to(DEVICE)
     encoder._state(model).device = torch.device("cuda:7")
     with torch.inference_mode():
         assert encoder._forward(model, {"input_ids": torch.ones(1, 3, dtype=torch.int64, device=DEVICE)}) is None
@@ -169,7 +167,7 @@ def test_ids_on_another_device_than_the_weights_fall_back(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(not INTERPRETED, reason="there is a GPU")
 def test_explains_a_gpu_without_the_kernels(tmp_path: Path) -> None:
-    model = make(tmp_path)
+    model = make_model(tmp_path)
     obstacle = encoder._obstacle([model], torch.device("cuda:0"))
     assert obstacle == f"the backend is 'reference': {backends.choose_gpu(0).reason}"
     assert encoder.explain(model.to("meta")) == {"": "module by module: its weights are on meta"}
@@ -177,7 +175,7 @@ def test_explains_a_gpu_without_the_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_a_graph_is_captured_without_a_mask(tmp_path: Path) -> None:
-    model, (ids, mask) = make(tmp_path).to(DEVICE), (tensor.to(DEVICE) for tensor in batch([20]).values())
+    model, (ids, mask) = make_model(tmp_path).to(DEVICE), (tensor.to(DEVICE) for tensor in batch([20]).values())
     with torch.inference_mode():
         expected = [model(i).last_hidden_state for i in (ids, ids + 1)]
         graph = torch.cuda.CUDAGraph()

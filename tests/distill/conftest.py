@@ -8,9 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from tests.conftest import WORDS
+
+# A run that is killed after its eighth step; its options are the argument.
+KILL = """
+import json, os, signal, sys
+from hf_ternary.distill import DistillArguments, distill
+from hf_ternary.distill.student import Encoder
+from hf_ternary.distill.health import Health
+
+def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Health.on_step_end = on_step_end
+distill(DistillArguments(**json.loads(sys.argv[1])))
+"""
 
 
 def make_texts(count: int = 400, seed: int = 0) -> list[str]:
@@ -22,6 +38,15 @@ def output_error(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tenso
     """Mean squared error of ``x @ weight.T`` for inputs with that second moment."""
     error = weight - other
     return ((error @ hessian) * error).sum().item() / len(weight)
+
+
+def weights(options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(Path(options["output_dir"]) / "model" / "model.safetensors")
+
+
+def log(options: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = (Path(options["output_dir"]) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="session")

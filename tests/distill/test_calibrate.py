@@ -18,7 +18,7 @@ from hf_ternary.modules import FakeTernaryLinear
 from hf_ternary.ternarize import dequantize, ternarize
 from tests.conftest import tiny_tokenizer
 from tests.distill.conftest import make_texts, output_error
-from tests.test_architectures import build
+from tests.helpers import build
 
 
 @torch.no_grad()

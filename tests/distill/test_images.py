@@ -29,7 +29,7 @@ from hf_ternary.distill import DistillArguments, distill, read_images
 from hf_ternary.distill.calibrate import compensate
 from hf_ternary.distill.images import ImageCollator, Images
 from hf_ternary.distill.student import Encoder, load_teacher, make_student, pack_student, ternary_layers, transformer_of
-from tests.distill.test_trainer import KILL, log, weights
+from tests.distill.conftest import KILL, log, weights
 
 Options = Callable[..., dict[str, Any]]
 

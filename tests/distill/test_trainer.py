@@ -21,20 +21,11 @@ from hf_ternary.distill.texts import Collator, TokenizedTexts
 from hf_ternary.distill.trainer import DistillTrainer, last_checkpoint
 from hf_ternary.packing import unpack
 from tests.conftest import SENTENCES, tiny_tokenizer
-from tests.distill.conftest import make_texts
+from tests.distill.conftest import KILL, log, make_texts, weights
+from tests.helpers import build
 from tests.hub_server import TOKEN, HubServer
-from tests.test_architectures import build
 
 Options = Callable[..., dict[str, Any]]
-
-
-def weights(options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return load_file(Path(options["output_dir"]) / "model" / "model.safetensors")
-
-
-def log(options: dict[str, Any]) -> list[dict[str, Any]]:
-    lines = (Path(options["output_dir"]) / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_a_run_makes_a_loadable_model_that_is_closer_to_the_teacher(options: Options):
@@ -84,21 +75,6 @@ def test_another_data_seed_orders_the_same_texts_anew(options: Options):
         return next(iter(trainer.batches))
 
     assert first_batch() == first_batch() != first_batch(data_seed=1)
-
-
-KILL = """
-import json, os, signal, sys
-from hf_ternary.distill import DistillArguments, distill
-from hf_ternary.distill.student import Encoder
-from hf_ternary.distill.health import Health
-
-def on_step_end(self, args, state, control, **kwargs):
-    if state.global_step == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Health.on_step_end = on_step_end
-distill(DistillArguments(**json.loads(sys.argv[1])))
-"""
 
 
 @pytest.mark.parametrize("measured", [False, True])

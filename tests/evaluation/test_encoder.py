@@ -10,8 +10,7 @@ from sentence_transformers import SentenceTransformer
 from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.report import evaluate
 from hf_ternary.evaluation.tasks import local_tasks
-
-from .conftest import word_model
+from tests.evaluation.conftest import word_model
 
 ROWS = "score\tsentence1\tsentence2\n1\ta0\ta90\n2\ta0\ta10\n3\ta10\ta10\n"
 

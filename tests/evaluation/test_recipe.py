@@ -20,8 +20,7 @@ import evaluate as recipe
 from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.report import evaluate
 from hf_ternary.evaluation.tasks import local_tasks
-
-from .conftest import word_model
+from tests.evaluation.conftest import word_model
 
 WORDS = [f"w{i}" for i in range(40)]
 EVAL_DATA = os.environ.get("HF_TERNARY_EVAL_DATA")

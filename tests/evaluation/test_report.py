@@ -22,8 +22,7 @@ from hf_ternary.evaluation.report import (
     table,
 )
 from hf_ternary.evaluation.tasks import local_tasks
-
-from .conftest import word_model
+from tests.evaluation.conftest import word_model
 
 
 def record(task: str, kind: str, score: float, revision: str = "r") -> dict[str, Any]:

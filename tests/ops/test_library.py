@@ -12,8 +12,7 @@ from torch import nn
 from hf_ternary import packing
 from hf_ternary.ops import backends, library, linear, reference
 from hf_ternary.ternarize import dequantize
-
-from .test_native import make_layer, same
+from tests.helpers import make_layer, same
 
 OP = torch.ops.hf_ternary.linear.default
 

@@ -16,22 +16,9 @@ import torch
 
 from hf_ternary import packing
 from hf_ternary.ops import backends, native, reference
+from tests.helpers import make_layer, same
 
 KERNELS = [name for name in backends.usable() if name != "reference"]
-Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def make_layer(out_features: int, in_features: int, groups: int = 1, seed: int = 0) -> Layer:
-    """Weight, scale and bias of a random layer."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-1, 2, (out_features, in_features), dtype=torch.int8, generator=generator)
-    scale = torch.rand(out_features, groups, generator=generator)
-    return packing.pack(codes), scale, torch.randn(out_features, generator=generator)
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal shapes, dtypes and bits, any NaN being as good as another."""
-    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @pytest.fixture(params=KERNELS)
@@ -274,7 +261,6 @@ def test_fork_after_use() -> None:
     """A child of a process whose worker threads have run has none of them, and must start its own."""
     script = """
 import os, torch
-from hf_ternary import packing
 from hf_ternary.ops import linear
 torch.set_num_threads(2)
 weight, scale = packing.pack(torch.ones(512, 512, dtype=torch.int8)), torch.ones(512, 1)

@@ -17,8 +17,7 @@ import torch
 
 from hf_ternary import packing
 from hf_ternary.ops import backends, library, reference
-
-from .test_native import make_layer, same
+from tests.helpers import make_layer, same
 
 pytest.importorskip("triton", reason='pip install "hf_ternary[gpu]"')
 kernels = pytest.importorskip("hf_ternary.ops.triton")

@@ -17,8 +17,7 @@ from hf_ternary.distill import DistillArguments
 from hf_ternary.distill.health import Health
 from options import parse
 from tests.conftest import save_tiny_vit
-from tests.distill.conftest import corpus_file, options, teacher  # noqa: F401 - fixtures
-from tests.distill.test_trainer import weights
+from tests.distill.conftest import corpus_file, options, teacher, weights  # noqa: F401 - three are fixtures
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -19,7 +19,7 @@ from hf_ternary import TernaryConfig, cli
 from hf_ternary.distill import DistillArguments
 from hf_ternary.provenance import weights
 from options import parse
-from tests.test_architectures import ARCHITECTURES
+from tests.helpers import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md"]
