@@ -33,6 +33,7 @@ from rich.progress import track
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
+from errors import one_line_errors
 from hf_ternary.distill.texts import read_texts
 from hf_ternary.evaluation.tasks import SEED, local_tasks, mteb_tasks
 from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
@@ -98,6 +99,7 @@ class Embedded:
 
 
 @app.command(help=(__doc__ or "").split("\n\n")[0])
+@one_line_errors()
 def main(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder of a SentenceTransformer")],
     student: Annotated[str, typer.Argument(help="Hub id or folder of its ternary student")],
@@ -116,29 +118,25 @@ def main(
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
-    try:
-        collection = read_collection(corpus, split, queries, documents, seed)
-        both = [embed(model, collection, batch_size, cache, clock) for model in (teacher, student)]
-        report = {
-            "corpus": collection.name,
-            "sha256": collection.fingerprint(),
-            "documents": len(collection.documents),
-            "queries": len(collection.queries),
-            "batch_size": batch_size,
-            "clock": "CPU time" if threads == 1 else "wall time",
-            "models": [measure(each, each, index or INDEXES, collection, clock) for each in both],
-            "student_in_teacher_index": measure(*both, ["Flat"], collection, clock, truth=both[0]),
-            **provenance(seed, (*PACKAGES, "faiss-cpu", "pytrec-eval-terrier")),
-            "load": _load(),
-        }
-        Console(width=120).print(table(report))
-        if output:
-            write_json(output, report)
-        if plot:
-            draw(report, plot)
-    except (ValueError, ImportError, OSError) as error:
-        typer.echo("error: " + " ".join(str(error).split()), err=True)
-        raise typer.Exit(2) from None
+    collection = read_collection(corpus, split, queries, documents, seed)
+    both = [embed(model, collection, batch_size, cache, clock) for model in (teacher, student)]
+    report = {
+        "corpus": collection.name,
+        "sha256": collection.fingerprint(),
+        "documents": len(collection.documents),
+        "queries": len(collection.queries),
+        "batch_size": batch_size,
+        "clock": "CPU time" if threads == 1 else "wall time",
+        "models": [measure(each, each, index or INDEXES, collection, clock) for each in both],
+        "student_in_teacher_index": measure(*both, ["Flat"], collection, clock, truth=both[0]),
+        **provenance(seed, (*PACKAGES, "faiss-cpu", "pytrec-eval-terrier")),
+        "load": _load(),
+    }
+    Console(width=120).print(table(report))
+    if output:
+        write_json(output, report)
+    if plot:
+        draw(report, plot)
 
 
 def read_collection(corpus: str, split: str | None, queries: int, documents: int | None, seed: int) -> Collection:

@@ -22,6 +22,8 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +41,7 @@ from pyarrow import parquet
 from rich.progress import track
 from sentence_transformers import SentenceTransformer
 
+from errors import one_line_errors
 from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
@@ -61,9 +64,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="texts a forward pass")] = 64,
     index: Annotated[str | None, typer.Option(help="faiss.index_factory string of an IVF index")] = None,
 ) -> None:
-    # A process waits for the slowest one, however long that takes.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=365))
-    try:
+    with _processes() as state, one_line_errors():
         with state.local_main_process_first():  # the others find what it has converted in datasets' cache
             texts = read_corpus(corpus, split)
         columns = _columns(texts, column)
@@ -90,9 +91,15 @@ def main(
             run = {"texts": len(texts), "found_shards": found, "processes": state.num_processes, "encode_seconds": seconds}
             write_json(output / "summary.json", {**run, **provenance(None, (*PACKAGES, "faiss-cpu", "pyarrow"))})
             typer.echo(f"{len(texts):,} texts in {shards} shards and {output / 'index'}")
-    except (ValueError, ImportError, OSError) as error:
-        typer.echo("error: " + " ".join(str(error).split()), err=True)
-        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _processes() -> Iterator[PartialState]:
+    """All processes of this run, until it ends or fails."""
+    # One waits for the slowest, however long that takes.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=365))
+    try:
+        yield state
     finally:
         state.destroy_process_group()
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from transformers.modeling_outputs import BaseModelOutput
 
+from errors import one_line_errors
 from hf_ternary.distill.student import transformer_of
 from hf_ternary.evaluation.encoder import CachedEncoder
 from hf_ternary.evaluation.fidelity import fidelity
@@ -29,6 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(help=(__doc__ or "").split("\n\n")[0])
+@one_line_errors()
 def main(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a SentenceTransformer")],
     baseline: Annotated[str | None, typer.Option(help="teacher to compare with, or the results JSON of its run")] = None,
@@ -47,52 +49,49 @@ def main(
     seed: Annotated[int, typer.Option(help="of the draws of local tasks and of fidelity")] = SEED,
 ) -> None:
     if data is None and not tasks:
-        _stop("nothing to evaluate; pass --data, --tasks or both")
+        raise ValueError("nothing to evaluate; pass --data, --tasks or both")
     if texts and (baseline is None or baseline.endswith(".json")):
-        _stop("--texts compares embeddings, so it needs --baseline as a model")
+        raise ValueError("--texts compares embeddings, so it needs --baseline as a model")
 
     def new_tasks() -> list[Any]:
         return local_tasks(data, tasks, split, seed) if data else mteb_tasks(tasks or [], languages)
 
-    try:
-        # What can be wrong is found before hours of work, not after.
-        checked = new_tasks()
-        lines = read_texts(texts) if texts else []
-        earlier = read_baseline(baseline) if baseline and baseline.endswith(".json") else None
-        if earlier:
-            check_baseline(earlier, checked, languages=languages, **({"seed": seed} if data else {}))
-        if output:
-            output.parent.mkdir(parents=True, exist_ok=True)
+    # What can be wrong is found before hours of work, not after.
+    checked = new_tasks()
+    lines = read_texts(texts) if texts else []
+    earlier = read_baseline(baseline) if baseline and baseline.endswith(".json") else None
+    if earlier:
+        check_baseline(earlier, checked, languages=languages, **({"seed": seed} if data else {}))
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
 
-        student = CachedEncoder(run_by_onnx(SentenceTransformer(model), onnx) if onnx else SentenceTransformer(model))
-        teacher = CachedEncoder(SentenceTransformer(baseline)) if baseline and not earlier else None
-        baseline_weights = weights(baseline) if baseline and teacher else {}
-        report: dict[str, Any] = {
-            "model": name or (onnx.name if onnx else _label(model)),
-            "max_seq_length": student.max_seq_length,
-            "batch_size": batch_size,
-            "weights": weights(onnx or model),
-            **({"languages": languages} if languages else {}),
-        }
-        scores = evaluate(student, checked, batch_size)
-        if earlier:
-            scores = compare(scores, earlier["scores"])
-            report |= {"baseline": earlier["model"], "baseline_weights": earlier["weights"]}
-        if teacher and baseline:
-            scores = compare(scores, evaluate(teacher, new_tasks(), batch_size))
-            scores = add_fidelity(scores, student, teacher, seed)
-            report |= {"baseline": _label(baseline), "baseline_weights": baseline_weights}
-            if texts:
-                vectors = [encoder.model.encode(lines, batch_size=batch_size) for encoder in (student, teacher)]
-                report["fidelity"] = {"file": texts.name, **fidelity(*vectors, seed)}
-        report |= {"scores": scores, "summary": summarize(scores), **provenance(seed)}
-        Console().print(table(report))
-        if "fidelity" in report:
-            Console().print(f"fidelity: {report['fidelity']}")
-        if output:
-            write_json(output, report)
-    except (ValueError, ImportError, OSError) as error:
-        _stop(str(error))
+    student = CachedEncoder(run_by_onnx(SentenceTransformer(model), onnx) if onnx else SentenceTransformer(model))
+    teacher = CachedEncoder(SentenceTransformer(baseline)) if baseline and not earlier else None
+    baseline_weights = weights(baseline) if baseline and teacher else {}
+    report: dict[str, Any] = {
+        "model": name or (onnx.name if onnx else _label(model)),
+        "max_seq_length": student.max_seq_length,
+        "batch_size": batch_size,
+        "weights": weights(onnx or model),
+        **({"languages": languages} if languages else {}),
+    }
+    scores = evaluate(student, checked, batch_size)
+    if earlier:
+        scores = compare(scores, earlier["scores"])
+        report |= {"baseline": earlier["model"], "baseline_weights": earlier["weights"]}
+    if teacher and baseline:
+        scores = compare(scores, evaluate(teacher, new_tasks(), batch_size))
+        scores = add_fidelity(scores, student, teacher, seed)
+        report |= {"baseline": _label(baseline), "baseline_weights": baseline_weights}
+        if texts:
+            vectors = [encoder.model.encode(lines, batch_size=batch_size) for encoder in (student, teacher)]
+            report["fidelity"] = {"file": texts.name, **fidelity(*vectors, seed)}
+    report |= {"scores": scores, "summary": summarize(scores), **provenance(seed)}
+    Console().print(table(report))
+    if "fidelity" in report:
+        Console().print(f"fidelity: {report['fidelity']}")
+    if output:
+        write_json(output, report)
 
 
 def run_by_onnx(model: SentenceTransformer, file: Path) -> SentenceTransformer:
@@ -125,11 +124,6 @@ def run_by_onnx(model: SentenceTransformer, file: Path) -> SentenceTransformer:
 
 def _label(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def _stop(message: str) -> None:
-    typer.echo("error: " + " ".join(message.split()), err=True)
-    raise typer.Exit(2)
 
 
 if __name__ == "__main__":
