@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .ops.backends import cores
+from .threads import cores
 from .version import __version__
 
 PACKAGES = (

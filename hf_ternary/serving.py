@@ -18,6 +18,7 @@ from .architectures import ARCHITECTURES, MODEL_TYPES, UnsupportedError, find_la
 from .files import RESAVE, model_folder, read_config, read_json
 from .native_encoder import NativeEncoder
 from .ops import backends
+from .threads import cores
 
 _POOLINGS = {"mean": "mean", "cls": "first"}
 # Texts that are tokenized at once, and tokens that one native call encodes: Ctrl-C waits for no more.
@@ -64,7 +65,7 @@ class Encoder:
                 "SentenceTransformer"
             )
         self._folder = folder.absolute()
-        self.threads = threads or backends.cores()
+        self.threads = threads or cores()
         self._default_threads = None if threads else self.threads
         transformer, self._pooling, self._dense, self._normalize = _modules(folder)
         config = read_json(transformer / "config.json")

@@ -19,6 +19,7 @@ import pytest
 import hf_ternary
 from hf_ternary.architectures import MODEL_TYPES, UnsupportedError
 from hf_ternary.ops import backends
+from hf_ternary.threads import cores
 from tests.conftest import SENTENCES, VOCAB_SIZE, save_sentence_transformer, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(backends.choose().backend == "reference", reason="the C++ kernels are not built")
@@ -162,7 +163,7 @@ def test_settings_of_sentence_transformers_count(tiny: Path):
         np.testing.assert_allclose(ours.encode("a dog", **prompt), theirs.encode("a dog", **prompt), atol=1e-6)
     with pytest.raises(ValueError, match="prompt_name='passage' is unknown"):
         ours.encode("a dog", prompt_name="passage")
-    assert ours.threads == backends.cores()
+    assert ours.threads == cores()
     assert hf_ternary.load(tiny, threads=3).threads == 3
 
 
@@ -239,7 +240,7 @@ def test_an_impossible_truncation_is_an_error(truncate_dim: Any, tiny: Path):
 def test_copies_and_pickles(copied: Callable[[Any], Any], tiny: Path, monkeypatch: pytest.MonkeyPatch):
     model, asked, changed = hf_ternary.load(tiny), hf_ternary.load(tiny, threads=3), hf_ternary.load(tiny)
     changed.threads = model.threads + 2
-    monkeypatch.setattr(backends, "cores", lambda: 7)  # as on another machine
+    monkeypatch.setattr("hf_ternary.serving.cores", lambda: 7)  # as on another machine
     assert [copied(each).threads for each in (model, asked, changed)] == [7, 3, changed.threads]
     assert np.array_equal(copied(model).encode(TEXTS), model.encode(TEXTS))
 

@@ -5,15 +5,14 @@ can, else the reference. The environment variable ``HF_TERNARY_BACKEND``, read a
 ``triton`` for GPUs, or ``reference`` for both. A forced backend that cannot run here is an error, never replaced.
 """
 
-import math
 import os
 import sys
 from functools import cache
 from importlib import import_module, metadata
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from ..threads import cores
 from ..version import __version__
 
 VARIABLE = "HF_TERNARY_BACKEND"
@@ -22,12 +21,6 @@ GPU_KERNELS = "triton"
 ALLOWED = ("auto", "reference", *KERNELS, GPU_KERNELS)
 OLDEST_GPU = (8, 0)  # compute capability: int8 and bfloat16 tensor cores
 OLDEST_TRITON = (3, 4)
-# Of a container, by cgroup 2 and 1: microseconds of processor time in a period, and the period.
-QUOTAS = [
-    [Path("/sys/fs/cgroup/cpu.max")],
-    [Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")],
-]
-THREADS = ("HF_TERNARY_NUM_THREADS", "OMP_NUM_THREADS")
 
 INSTALL_TRITON = 'pip install "hf_ternary[gpu]"'
 REINSTALL = "pip install --force-reinstall --no-deps --no-binary hf_ternary hf_ternary"
@@ -154,40 +147,6 @@ def _unfit(device: int) -> str:
     return ""
 
 
-def cores() -> int:
-    """CPU cores that this process should use: as many as ``HF_TERNARY_NUM_THREADS`` says, else ``OMP_NUM_THREADS``, else all
-    that it may run on, within its container's quota (cgroup 1 or 2), which bound the others too.
-
-    Raises:
-        ValueError: ``HF_TERNARY_NUM_THREADS`` is no positive number.
-    """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, _quota() or allowed, _wanted_threads() or allowed)
-
-
-def _quota() -> int | None:
-    """CPUs by the container's quota, rounded up; None without one."""
-    for files in QUOTAS:
-        try:
-            quota, period = (int(word) for file in files for word in file.read_text(encoding="ascii").split())
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-        if quota > 0:  # cgroup 1 writes -1 for none
-            return math.ceil(quota / period)
-    return None
-
-
-def _wanted_threads() -> int | None:
-    """What the first variable of :data:`THREADS` that is set says; None without one."""
-    for name in THREADS:
-        value = os.environ.get(name, "").partition(",")[0].strip()  # OpenMP's may be a list, by levels of nesting
-        if value.isdecimal() and int(value):
-            return int(value)
-        if value and name == THREADS[0]:
-            raise ValueError(f"{name}={value!r} is no number of threads: use a whole number from 1 on")
-    return None
-
-
 def capabilities() -> dict[str, Any]:
     """What computes on this machine, and what else could.
 
@@ -197,7 +156,7 @@ def capabilities() -> dict[str, Any]:
         ``gpus``: ``name``, ``backend`` and ``reason`` of every CUDA device, if torch is imported.
 
     Raises:
-        ValueError, ImportError: as :func:`choose` and :func:`cores`.
+        ValueError, ImportError: as :func:`choose` and :func:`~hf_ternary.threads.cores`.
     """
     choice, module, torch = choose(), native(), sys.modules.get("torch")
     return {
