@@ -7,7 +7,6 @@ thread is timed by its CPU time, which other programs do not count in; several t
 """
 
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from hf_ternary.distill.run import keep_freed_memory
 from hf_ternary.ops import linear
 from hf_ternary.ops.backends import capabilities
 from hf_ternary.provenance import provenance, write_json
+from timing import summary, take_turns
 
 SHAPES = [(384, 384), (384, 1536), (1536, 384), (768, 3072), (1024, 4096)]  # in_features, out_features
 ROWS = [1, 4, 12, 16, 32, 64, 128, 512, 2048]
@@ -72,39 +72,13 @@ def _measure(threads: int, in_features: int, out_features: int, rows: int, repea
         "in_features": in_features,
         "out_features": out_features,
         "rows": rows,
-        "microseconds": {name: _summary([1e6 * s for s in times]) for name, times in seconds.items()},
+        "microseconds": {name: summary([1e6 * s for s in times], 3) for name, times in seconds.items()},
         "speedup": {
-            name: _summary([theirs / ours for theirs, ours in zip(times, seconds[OURS], strict=True)])
+            name: summary([theirs / ours for theirs, ours in zip(times, seconds[OURS], strict=True)], 3)
             for name, times in seconds.items()
             if name != OURS
         },
     }
-
-
-def take_turns(
-    contenders: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float], least: float = 0.01
-) -> dict[str, list[float]]:
-    """Seconds a call of each contender, once for every turn; a turn is as many calls as take ``least`` seconds."""
-    calls = {}
-    for name, call in contenders.items():
-        call()
-        start = clock()
-        call()
-        calls[name] = max(1, int(least / max(clock() - start, 1e-7)))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, call in contenders.items():
-            start = clock()
-            for _ in range(calls[name]):
-                call()
-            seconds[name].append((clock() - start) / calls[name])
-    return seconds
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    """Median, and the spread (max - min) / median."""
-    median = statistics.median(values)
-    return {"median": round(median, 3), "spread": round((max(values) - min(values)) / median, 3)}
 
 
 def _contenders(in_features: int, out_features: int, rows: int) -> dict[str, Callable[[], Any]]:

@@ -38,6 +38,7 @@ import hf_ternary
 from documentation import paragraphs
 from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
 from photographs import photograph
+from timing import summary
 
 RECIPES = Path(__file__).resolve().parent
 OURS, TEACHER = "ternary", "float32"
@@ -233,9 +234,9 @@ def measure(
                 "runtime": c.runtime,
                 "bytes": file_size(c),
                 "cosine": cosine(embeddings[c.name], wanted),
-                "start_seconds": summary([s for s, _ in fresh[c.name]]),
-                "peak_bytes": None if fresh[c.name][0][1] is None else summary([m for _, m in fresh[c.name]]),
-                "milliseconds": {name: summary([1e3 * s for s in seconds[name][c.name]]) for name in work},
+                "start_seconds": summary([s for s, _ in fresh[c.name]], 4),
+                "peak_bytes": None if fresh[c.name][0][1] is None else summary([m for _, m in fresh[c.name]], 4),
+                "milliseconds": {name: summary([1e3 * s for s in seconds[name][c.name]], 4) for name in work},
                 "times_slower": {name: ratios(seconds[name][c.name], seconds[name][OURS]) for name in work},
             }
             for c in everyone
@@ -243,14 +244,8 @@ def measure(
     }
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    """Median, and the spread (max - min) / median."""
-    median = statistics.median(values)
-    return {"median": round(median, 4), "spread": round((max(values) - min(values)) / median, 3)}
-
-
 def ratios(seconds: list[float], ours: list[float]) -> dict[str, float]:
-    return summary([s / o for s, o in zip(seconds, ours, strict=True)])
+    return summary([s / o for s, o in zip(seconds, ours, strict=True)], 4)
 
 
 def cosine(embeddings: np.ndarray, wanted: np.ndarray | None) -> float | None:

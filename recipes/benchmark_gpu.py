@@ -36,6 +36,7 @@ from hf_ternary.ops import linear, reference
 from hf_ternary.ops.backends import capabilities
 from hf_ternary.provenance import PACKAGES, provenance, write_json
 from hf_ternary.ternarize import dequantize
+from timing import summary
 
 Call = Callable[[], Any]
 
@@ -178,7 +179,7 @@ def measure(what: dict[str, Any], best: dict[str, float], repeats: int, device: 
     }
     cell = {
         "what": what,
-        "milliseconds": {name: _summary([1e3 * s for s in times]) for name, times in seconds.items()},
+        "milliseconds": {name: summary([1e3 * s for s in times], 5) for name, times in seconds.items()},
         # What the ternary layers need of what the chip can do in that time: operations; bytes of weights and activations.
         "share_of_limits": {
             name: {limit: round(work[limit] / statistics.median(seconds[name]) / 1e12 / best[limit], 4) for limit in work}
@@ -219,12 +220,6 @@ def timed(call: Call, times: int, device: str) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3 / times
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    """Median, and the spread (max - min) / median."""
-    median = statistics.median(values)
-    return {"median": round(median, 5), "spread": round((max(values) - min(values)) / median, 3)}
 
 
 def peak_memory(call: Call, device: str) -> int:

@@ -43,6 +43,12 @@ def results(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "recipes" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def all_results(kind: str) -> dict[str, dict[str, Any]]:
+    """The results in KIND-*.json by name, sorted by it."""
+    names = sorted(path.stem for path in (ROOT / "recipes" / "results").glob(f"{kind}-*.json"))
+    return {name: results(name) for name in names}
+
+
 def has_results(name: str) -> bool:
     return (ROOT / "recipes" / "results" / f"{name}.json").exists()
 
@@ -327,7 +333,7 @@ def contenders(run: dict[str, Any], work: dict[str, Any]) -> list[list[str]]:
 
 def image_encoder() -> str:
     """Whole image encoders with all threads, one block an image size."""
-    runs = [results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob("encoder-vit-*.json"))]
+    runs = list(all_results("encoder-vit").values())
     rows: list[list[str]] = []
     for result in runs:
         run, work = max(result["runs"], key=lambda run: run["threads"]), result["workloads"]
@@ -387,7 +393,7 @@ def losses() -> str:
 
 def calibration() -> str:
     """One row a number of texts that the weights were fitted to, without training: the layers, and the Dense layer too."""
-    runs = [results(path.stem) for path in (ROOT / "recipes" / "results").glob("calibration-*.json")]
+    runs = list(all_results("calibration").values())
     found = {(run["options"]["calibration_texts"], bool(run["options"].get("dense"))): run for run in runs}
 
     def cells(run: dict[str, Any]) -> list[str]:
@@ -403,7 +409,7 @@ def calibration() -> str:
 
 
 def _runs(kind: str) -> str:
-    runs = {path.stem: results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob(f"{kind}-*.json"))}
+    runs = all_results(kind)
     facts: dict[str, Callable[[dict[str, Any]], str]] = {
         "steps": lambda run: str(run["steps"]),
         "tokens": lambda run: f"{run['tokens']:,}",
@@ -483,7 +489,7 @@ def functions() -> str:
 
 def encode_corpus() -> str:
     """Texts a second by number of processes, of one thread each."""
-    runs = [results(path.stem) for path in (ROOT / "recipes" / "results").glob("encode-corpus-*.json")]
+    runs = list(all_results("encode-corpus").values())
     runs.sort(key=lambda run: run["processes"])
     speeds = [run["texts"] / run["encode_seconds"] for run in runs]
     rows = [
@@ -496,7 +502,7 @@ def encode_corpus() -> str:
 
 def ann() -> str:
     """The teacher with exact search, then the student with each index, at the first setting of nearly the best recall."""
-    runs = [results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob("ann-*.json"))]
+    runs = list(all_results("ann").values())
     rows: list[list[str]] = []
     for run in runs:
         teacher, student = (model["indexes"] for model in run["models"])
@@ -537,7 +543,7 @@ def ann() -> str:
 
 def lora() -> str:
     """What an adapter gains on the task of its domain."""
-    runs = [results(path.stem) for path in sorted((ROOT / "recipes" / "results").glob("lora-*.json"))]
+    runs = list(all_results("lora").values())
     rows = [
         [
             score["task"],

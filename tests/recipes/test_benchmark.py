@@ -1,4 +1,4 @@
-"""The speed recipe: what it measures is one layer's calls in turns, and what it writes is complete."""
+"""The speed recipe: what it writes is complete."""
 
 import json
 from pathlib import Path
@@ -20,12 +20,3 @@ def test_kernels(tmp_path: Path) -> None:
     assert (cell["threads"], cell["in_features"], cell["out_features"], cell["rows"]) == (1, 384, 384, 3)
     assert {"ternary", "float32"} <= cell["microseconds"].keys()
     assert cell["speedup"].keys() == cell["microseconds"].keys() - {"ternary"}
-
-
-def test_contenders_take_turns() -> None:
-    calls: list[str] = []
-    ticks = iter(range(100))
-    contenders = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    seconds = benchmark.take_turns(contenders, 3, lambda: float(next(ticks)), least=1.0)
-    assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 3
-    assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
