@@ -369,9 +369,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 def _hooked(modules: list[nn.Module]) -> bool:
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return True
-    inner = iter(modules)
-    next(inner)  # the encoder's own hooks run around its forward
-    for m in inner:
+    for m in modules:
         own = m.__dict__.get("forward")  # older transformers put a module's own forward there when they have borrowed it
         # The quantizer's own hook only warns.
         hooks = {getattr(h, "__module__", "") for h in m._forward_pre_hooks.values()} - {"hf_ternary.quantizer"}
@@ -395,7 +393,7 @@ def _obstacle(modules: list[nn.Module], device: torch.device) -> str | None:
     choice = backends.choose() if device.type == "cpu" else backends.choose_gpu(device.index)
     if choice.backend == "reference":
         return f"the backend is 'reference': {choice.reason}"
-    if _hooked(modules):
+    if _hooked(modules[1:]):  # the encoder's own hooks run around its forward
         return "a submodule has a forward hook or a replaced forward"
     if any(m.training for m in modules[1:] if not isinstance(m, (TernaryLinear, QuantizedEmbedding))):
         return "a submodule is in training mode"

@@ -48,15 +48,14 @@ class _Packed(nn.Module):
     weight_scale: torch.Tensor
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # Seen as integers the scale is moved but never cast. What is not moved stays the same tensor, so that an encoder
-        # that was made of it holds: sentence-transformers before 6.2 calls to() in every encode(), of every thread.
         scale = self.weight_scale
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             if tensor is not scale:
                 return fn(tensor)
-            integers = scale.view(torch.int32)
+            integers = scale.view(torch.int32)  # they are moved, but never cast
             moved = fn(integers)
+            # Unmoved, the same tensor: an encoder made of it holds when sentence-transformers calls to() in every encode().
             return scale if moved is integers else moved.view(torch.float32)
 
         return super()._apply(move, recurse)

@@ -41,15 +41,14 @@ from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
 K = 10
 ROUNDS = 3  # of all queries; the fastest counts
 
-# faiss.index_factory strings. {lists}: see _factory(); {half}: half the embedding's width. The vectors have length 1, so L2
-# ranks as the cosine does. LSH without rotation keeps the sign of every dimension: binary embeddings.
+# faiss.index_factory strings. {lists}: see _factory(); {half}: half the embedding's width.
 INDEXES = (
-    "Flat",
+    "Flat",  # by L2, which ranks vectors of length 1 as the cosine does
     "SQ8",
     "PQ{half}x4fs",
     "IVF{lists},Flat",
     "HNSW32,Flat",
-    "LSH",
+    "LSH",  # without rotation it keeps the sign of every dimension: binary embeddings
     "LSH,Refine(SQ8)",
     "LSH,Refine(PQ{half}x4np)",
     "RaBitQ2",
