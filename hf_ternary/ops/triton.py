@@ -216,13 +216,14 @@ def _multiply(
 
 # Most tokens of a size class -> what is tried for it: BLOCK_M, BLOCK_N, BLOCK_K (of int8), warps, stages. The first fits any
 # GPU's shared memory. No two lists are equal, since Triton's memory of the best one on disk tells classes apart by them.
+# On Hopper a program waits for every int8 product, hence long blocks; wide tiles of float32 spill registers.
 CONFIGS = {
     16: [(16, 16, 128, 2, 3), (16, 32, 128, 4, 3), (16, 64, 64, 4, 4), (16, 16, 64, 1, 4)],
     64: [(16, 64, 64, 4, 4), (32, 64, 64, 4, 4), (64, 64, 64, 4, 3), (32, 32, 128, 4, 3)],
     256: [(64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (32, 64, 128, 4, 3), (128, 64, 32, 4, 4)],
-    2048: [(64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 32, 4, 4), (128, 128, 64, 8, 3)],
-    8192: [(128, 128, 32, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3)],
-    2**31: [(128, 128, 32, 4, 3), (128, 128, 64, 4, 3), (256, 128, 32, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3)],
+    2048: [(64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 128, 8, 2)],
+    8192: [(128, 64, 64, 4, 2), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 128, 8, 2), (256, 128, 64, 8, 3)],
+    2**31: [(128, 64, 64, 4, 2), (128, 128, 128, 8, 2), (256, 128, 32, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3)],
 }
 # Whether the first call of a size class times what :data:`CONFIGS` lists (seconds, once a machine) or takes its first.
 TUNE = True
