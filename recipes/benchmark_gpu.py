@@ -6,6 +6,7 @@
 
 Weights are random: shapes are those of the real models, and nothing is downloaded. Contenders take turns, so that a slow
 moment hits all alike; times are medians over the turns, by CUDA events. The chip's limits are measured too, in the same run.
+All that is random is drawn on the CPU, since a capture that fails leaves the GPU's generator unusable.
 "ternary" is what a loaded model runs: the encoder of hf_ternary/triton_encoder.py for the models that it knows, beside them
 "ternary modules", transformers' own forward with the ternary layers in it, which for the others (Qwen3) is "ternary". Texts
 have one length and no padding, so what the encoder gains by dropping padding does not count. The weights of a single layer
@@ -18,10 +19,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import transformers
@@ -29,6 +32,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers.utils import import_utils
 
 from hf_ternary import TernaryConfig, encoder, packing
 from hf_ternary.convert import ternarize_model
@@ -103,9 +107,10 @@ def main(
     console.print(result["hardware"], result["versions"], result["capabilities"]["gpus"])
     shapes = sorted({shape for name in names for shape in linear_shapes(name)})
     if check:
-        check_kernels(shapes, device)
-        for name in names:
-            check_encoder(name, device)
+        with first_tiles(device):
+            check_kernels(shapes, device)
+            for name in names:
+                check_encoder(name, device)
     done = [cell["what"] for cell in result["cells"]]
     with torch.inference_mode():
         for what in _plan(names, shapes):
@@ -162,7 +167,7 @@ def measure(what: dict[str, Any], best: dict[str, float], repeats: int, device: 
     else:
         contenders = encoder_contenders(what["model"], what["batch"], what["tokens"], device)
         layers, rows = _layers(what["model"]), what["batch"] * what["tokens"]
-        extra["weight_bytes"] = {name: weight_bytes(m, device) for name, m in models(what["model"], device).items()}
+        extra["weight_bytes"] = weight_bytes(what["model"], device)
     ready: dict[str, Call] = {}
     errors, memory = {}, {}
     for name, make in contenders.items():
@@ -238,23 +243,32 @@ def peak_memory(call: Call, device: str) -> int:
 
 def graphed(call: Call) -> Call:
     """The call as a CUDA graph: one launch for all its kernels."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+    with capturable("cuda"):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
     return graph.replay
+
+
+@contextmanager
+def capturable(device: str) -> Iterator[None]:
+    """transformers' forward makes no mask, as outside of a capture, and MPNet's table of positions on the device."""
+    not_capturing = mock.patch.object(import_utils, "is_cuda_stream_capturing", return_value=False, create=True)
+    with not_capturing, torch.device(device):
+        yield
 
 
 def limits(device: str) -> dict[str, float]:
     """What the chip reaches in one large operation: 10^12 operations, or bytes read and written by a copy, a second."""
     size, bytes_copied = (8192, 2**32) if device != "cpu" else (128, 2**20)
-    codes = torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device)
-    matrix = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    codes = torch.randint(-127, 128, (size, size), dtype=torch.int8).to(device)
+    matrix = torch.randn(size, size, dtype=torch.bfloat16).to(device)
     source = torch.empty(bytes_copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {
@@ -270,12 +284,12 @@ def limits(device: str) -> dict[str, float]:
 
 def layer_contenders(in_features: int, out_features: int, rows: int, device: str) -> dict[str, Callable[[], Call]]:
     """One layer of bfloat16 activations, launched from a graph; torch's int8 product is given its int8 activations."""
-    x = torch.randn(rows, in_features, dtype=torch.bfloat16, device=device)
-    bias = torch.randn(out_features, dtype=torch.bfloat16, device=device)
-    codes = torch.randint(-1, 2, (out_features, in_features), dtype=torch.int8, device=device)
-    weight, scale = packing.pack(codes), torch.rand(out_features, 1, device=device)
-    dense = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=device)
-    tokens = torch.randint(-127, 128, (max(rows, 32), in_features), dtype=torch.int8, device=device)
+    x = torch.randn(rows, in_features, dtype=torch.bfloat16).to(device)
+    bias = torch.randn(out_features, dtype=torch.bfloat16).to(device)
+    codes = torch.randint(-1, 2, (out_features, in_features), dtype=torch.int8).to(device)
+    weight, scale = packing.pack(codes), torch.rand(out_features, 1).to(device)
+    dense = torch.randn(out_features, in_features, dtype=torch.bfloat16).to(device)
+    tokens = torch.randint(-127, 128, (max(rows, 32), in_features), dtype=torch.int8).to(device)
     calls: dict[str, Call] = {
         "ternary": lambda: linear(x, weight, scale, bias),
         "ternary, bfloat16 activations": lambda: linear(x, weight, scale, bias, None),
@@ -289,12 +303,12 @@ def layer_contenders(in_features: int, out_features: int, rows: int, device: str
 def encoder_contenders(name: str, batch: int, tokens: int, device: str) -> dict[str, Callable[[], Call]]:
     """Whole encoders, from token ids to hidden states, without padding."""
     here = models(name, device)
-    ids = torch.randint(0, 200, (batch, tokens), device=device)
+    ids = torch.randint(0, 200, (batch, tokens)).to(device)
 
     def forward(variant: str, precision: str = "highest") -> Call:
         def call() -> Any:
             torch.set_float32_matmul_precision(precision)
-            return here[variant](input_ids=ids).last_hidden_state
+            return here[variant](input_ids=ids, attention_mask=no_mask(here[variant])).last_hidden_state
 
         return call
 
@@ -331,7 +345,12 @@ def has_encoder(model: Any) -> bool:
 def by_modules(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Hidden states by transformers' own forward."""
     forward = getattr(type(model), "hf_ternary_base", type(model)).forward
-    return forward(model, input_ids=ids, attention_mask=mask).last_hidden_state
+    return forward(model, input_ids=ids, attention_mask=no_mask(model) if mask is None else mask).last_hidden_state
+
+
+def no_mask(model: Any) -> dict[str, None] | None:
+    """What Qwen3 is given instead of None, with which it reads from the GPU whether texts are packed into a row."""
+    return {"full_attention": None} if model.config.model_type == "qwen3" else None
 
 
 def compiled(model: Any, ids: torch.Tensor) -> Call:
@@ -369,8 +388,7 @@ def _layers(name: str) -> list[tuple[tuple[int, int], int]]:
 def models(name: str, device: str) -> dict[str, Any]:
     """The model in every precision: random weights, on the device."""
     with torch.inference_mode(False), torch.no_grad():  # torch.compile is at home with ordinary tensors
-        with torch.device(device):
-            dense = transformers.AutoModel.from_config(config_of(name)).eval().requires_grad_(False)
+        dense = transformers.AutoModel.from_config(config_of(name)).eval().requires_grad_(False).to(device)
         dense.config.use_cache = False
         ternary = ternarize_model(copy.deepcopy(dense), TernaryConfig()).bfloat16()
         encoder.bind(ternary)
@@ -383,9 +401,14 @@ def models(name: str, device: str) -> dict[str, Any]:
     return found
 
 
+@cache
+def weight_bytes(name: str, device: str) -> dict[str, int]:
+    """Bytes that the model takes in every precision once it has run, with the copies that its kernels make of weights."""
+    return {variant: _weight_bytes(model, device) for variant, model in models(name, device).items()}
+
+
 @torch.inference_mode()
-def weight_bytes(model: nn.Module, device: str) -> int:
-    """Bytes that a model takes once it has run, with the copies that its kernels make of its weights."""
+def _weight_bytes(model: nn.Module, device: str) -> int:
     if device == "cpu":
         return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     ids = torch.zeros(1, 16, dtype=torch.int64, device=device)
@@ -414,6 +437,18 @@ def show(cell: dict[str, Any]) -> None:
     console.print(table)
 
 
+@contextmanager
+def first_tiles(device: str) -> Iterator[None]:
+    """Nothing is tuned: any tile gives the same bits, and the tests go through all of them."""
+    if device == "cpu":
+        yield
+        return
+    from hf_ternary.ops import triton as kernels
+
+    with mock.patch.object(kernels, "TUNE", False):
+        yield
+
+
 def check_kernels(shapes: list[tuple[int, int]], device: str) -> None:
     """Compare what the device computes with the reference on the CPU; stops at the first difference.
 
@@ -422,10 +457,6 @@ def check_kernels(shapes: list[tuple[int, int]], device: str) -> None:
     """
     started = time.monotonic()
     torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch fill new memory with NaN
-    if device != "cpu":
-        from hf_ternary.ops import triton as kernels
-
-        kernels.TUNE = False  # any tile gives the same bits; the tests go through all of them
     odd = [(1, 1), (63, 5), (385, 33), (1000, 999)]
     cells = [(*shape, rows) for shape in shapes + odd for rows in CHECKED_ROWS]
     checked = [cell for cell in cells if cell[0] * cell[1] * cell[2] <= MOST_CHECKED and (device != "cpu" or cell[2] < 20)]
@@ -435,7 +466,6 @@ def check_kernels(shapes: list[tuple[int, int]], device: str) -> None:
     torch.use_deterministic_algorithms(False)
     if device != "cpu":
         _check_graph_and_compile()
-        kernels.TUNE = True
     console.print(f"checked {len(checked)} shapes in {time.monotonic() - started:.0f} s: equal to the reference")
 
 
@@ -478,7 +508,7 @@ def check_encoder(name: str, device: str) -> None:
         AssertionError: it names the dtype.
     """
     lengths = [3, 1, 17, 128, 65]
-    ids = torch.randint(5, 200, (len(lengths), max(lengths)), device=device)
+    ids = torch.randint(5, 200, (len(lengths), max(lengths))).to(device)
     mask = (torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]).long().to(device)
     kinds = (torch.float32, torch.float16, torch.bfloat16) if device != "cpu" else (torch.float32,)
     for dtype in kinds:
@@ -498,10 +528,10 @@ def check_encoder(name: str, device: str) -> None:
 
 def _check_graph_and_compile() -> None:
     """A captured graph, a compiled module and autocast give the bits of a plain call."""
-    codes = torch.randint(-1, 2, (384, 384), dtype=torch.int8, device="cuda")
-    weight, scale, bias = packing.pack(codes), torch.rand(384, 1, device="cuda"), torch.randn(384, device="cuda")
+    codes = torch.randint(-1, 2, (384, 384), dtype=torch.int8)
+    weight, scale, bias = packing.pack(codes).cuda(), torch.rand(384, 1).cuda(), torch.randn(384).cuda()
     for rows in (7, 300):
-        x = torch.randn(rows, 384, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(rows, 384, dtype=torch.bfloat16).cuda()
         y = torch.empty(rows, 384, device="cuda", dtype=torch.bfloat16)
         replay = graphed(lambda x=x, y=y: y.copy_(linear(x, weight, scale, bias)))
         x.copy_(torch.randn(rows, 384))

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import typer
+from transformers.utils import import_utils
 from typer.testing import CliRunner
 
 import benchmark_gpu
@@ -99,6 +101,40 @@ def test_check_of_the_encoder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(benchmark_gpu, "by_modules", lambda model, ids, mask: torch.randn(*ids.shape, 32))
     with pytest.raises(AssertionError, match="tiny, torch.float32: cosine with transformers' forward"):
         benchmark_gpu.check_encoder("tiny", "cpu")
+
+
+def test_nothing_is_tuned_for_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("hf_ternary.ops.triton")
+    tuned = []
+    for name in ("check_kernels", "check_encoder"):
+        monkeypatch.setattr(benchmark_gpu, name, lambda *args: tuned.append(kernels.TUNE))
+    monkeypatch.setattr(benchmark_gpu, "provenance", lambda *args: {"hardware": {}, "versions": {}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run("--minutes", "0", "--device", "cuda")[0] == 0
+    assert tuned == [False, False]
+    assert kernels.TUNE
+
+
+def test_what_is_captured_is_what_runs_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True, raising=False)
+    with benchmark_gpu.capturable("meta"):
+        assert not import_utils.is_cuda_stream_capturing()
+        assert torch.arange(2).is_meta
+    assert import_utils.is_cuda_stream_capturing()
+    assert not torch.arange(2).is_meta
+
+
+def test_qwen3_reads_nothing_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 200, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    options = {**sizes, "intermediate_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setitem(benchmark_gpu.MODELS, "tiny Qwen3", ("Qwen3Config", options))
+    model = transformers.AutoModel.from_config(benchmark_gpu.config_of("tiny Qwen3")).to("meta")
+    model.config.use_cache = False
+    ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    assert benchmark_gpu.by_modules(model, ids).shape == (2, 5, 32)  # a value of the meta device cannot be read
+    monkeypatch.setattr(benchmark_gpu, "no_mask", lambda model: None)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        benchmark_gpu.by_modules(model, ids)
 
 
 def test_shapes_are_the_models() -> None:
