@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from transformers import BertConfig, BertTokenizer
@@ -25,7 +26,9 @@ for _name, _value in {
 if "HF_DATASETS_CACHE" not in os.environ:  # what `datasets` has read is kept for this run, not in the user's cache
     _datasets_cache = tempfile.TemporaryDirectory(prefix="hf_ternary-datasets-")
     os.environ["HF_DATASETS_CACHE"] = _datasets_cache.name
-if not Path("/dev/nvidiactl").exists():
+if "HF_TERNARY_REQUIRE_GPU" in os.environ:
+    os.environ.pop("TRITON_INTERPRET", None)  # without a GPU the kernels' tests fail
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: without a GPU its kernels are interpreted
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -68,7 +71,6 @@ def tiny_bert_config(**options: Any) -> "BertConfig":
 
 def save_tiny_bert(path: str | Path, model_class: str = "BertModel", seed: int = 0, **options: Any) -> Path:
     """A random float32 BERT of any transformers class, with its tokenizer, saved in ``path``."""
-    import torch
     import transformers
 
     torch.manual_seed(seed)
@@ -80,8 +82,6 @@ def save_tiny_bert(path: str | Path, model_class: str = "BertModel", seed: int =
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Every test starts from the same random state."""
-    import torch
-
     torch.manual_seed(0)
 
 
@@ -154,7 +154,6 @@ def minilm() -> Path:
 
 def save_tiny_vit(path: str | Path, **options: Any) -> Path:
     """A random float32 ViT of 2 layers, width 32, 16-pixel images (17 tokens), saved in ``path`` with its processor."""
-    import torch
     from transformers import ViTConfig, ViTModel
 
     config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -309,6 +309,14 @@ class TestPadding:
         assert not kernels._padded_weights.entries
 
 
+def test_a_gpu_that_is_required_is_not_replaced_by_the_interpreter() -> None:
+    environment = {**os.environ, "HF_TERNARY_REQUIRE_GPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_one_dimension"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
+    assert "1 failed" in done.stdout, done.stdout
+
+
 COMPILER = """
 import sys
 import torch, triton
