@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # A held-out text (or image) of more tokens counts as long.
 LONG = 64
 
+# Most losses of a device that are not read yet: reading one waits for the GPU to compute it; a CPU has done so by then.
+UNREAD = {"cpu": 0, "cuda": 50}
+
 
 class DistillTrainer(Trainer):
     """Trains a student :class:`Encoder` to agree with its teacher.
@@ -80,7 +83,9 @@ class DistillTrainer(Trainer):
         self.add_callback(_Gradual(student, args.gradual))
         self.add_callback(self.health)
         self._sums: dict[str, torch.Tensor] = {}
-        self._batches, self._tokens, self._since = 0, 0, time.perf_counter()
+        self._tokens: torch.Tensor | int = 0
+        self._batches, self._since = 0, time.perf_counter()
+        self._unread: list[tuple[int, torch.Tensor, dict[str, torch.Tensor], torch.Tensor]] = []
         self._teacher_held_out: torch.Tensor | None = None
         self.mean_square = self._mean_square()
         self.layers = list(range(len(self.mean_square))) if args.layers is None else args.layers
@@ -129,6 +134,12 @@ class DistillTrainer(Trainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """As the trainer's, but what is in pinned memory is copied without waiting for the GPU."""
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -140,12 +151,14 @@ class DistillTrainer(Trainer):
         got = model(**inputs)
         parts = self._parts(got, wanted, inputs["attention_mask"].bool())
         loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
-        if not loss.isfinite():
-            self._stop_at_nan(parts, index)
+        parts = {name: part.detach() for name, part in parts.items()}
+        self._unread.append((self.state.global_step + 1, loss.isfinite(), parts, index))
+        if len(self._unread) > UNREAD.get(loss.device.type, 0):
+            self._stop_at_nan()
         for name, part in parts.items():
-            self._sums[name] = self._sums.get(name, 0) + part.detach()
+            self._sums[name] = self._sums.get(name, 0) + part
         self._batches += 1
-        self._tokens += int(inputs["attention_mask"].sum()) * self.args.world_size
+        self._tokens = self._tokens + inputs["attention_mask"].sum()
         return (loss, got) if return_outputs else loss
 
     def _parts(self, got: dict[str, Any], wanted: dict[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -187,10 +200,20 @@ class DistillTrainer(Trainer):
         value = loss(torch.cat(gathered), self.accelerator.gather(teacher))
         return value + (processes - 1) * (value - value.detach())  # averaging divides the gradient, but not the value
 
-    def _stop_at_nan(self, parts: dict[str, torch.Tensor], index: torch.Tensor) -> None:
+    def _stop_at_nan(self) -> None:
+        """Before anything is logged or saved: what a step without a finite loss left is neither.
+
+        Raises:
+            FloatingPointError: a loss was NaN or infinite; it names the first such step and its inputs.
+        """
+        unread, self._unread = self._unread, []
+        finite = torch.stack([each for _, each, _, _ in unread]).tolist() if unread else []
+        if all(finite):
+            return
+        step, _, parts, index = unread[finite.index(False)]
         values = ", ".join(f"{name} {part.item():.4g}" for name, part in parts.items())
         raise FloatingPointError(
-            f"the loss is not finite at step {self.state.global_step + 1} ({values}); {self.train_data.kind} of the batch: "
+            f"the loss is not finite at step {step} ({values}); {self.train_data.kind} of the batch: "
             f"{index.tolist()}, the first is {self.train_data.describe(int(index[0]))}. Fix: a smaller learning_rate"
         )
 
@@ -211,8 +234,10 @@ class DistillTrainer(Trainer):
         """As the trainer's; what cannot be written whole is removed.
 
         Raises:
+            FloatingPointError: see :meth:`_stop_at_nan`.
             OSError: the checkpoint could not be written, as on a full disk; earlier ones are untouched.
         """
+        self._stop_at_nan()
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:  # what safetensors and torch.save raise on a full disk
@@ -268,11 +293,13 @@ class DistillTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds loss parts, tokens a second and the health of the layers; writes ``log.jsonl`` beside the checkpoints."""
+        self._stop_at_nan()
         health: dict[str, float] = {}
         if "loss" in logs and self._sums:
+            tokens = int(self._tokens) * self.args.world_size  # waits for the GPU, so comes before the clock
             seconds = time.perf_counter() - self._since
             logs |= {f"loss_{name}": (total / self._batches).item() for name, total in self._sums.items()}
-            logs["tokens_per_second"] = round(self._tokens / seconds, 1)
+            logs["tokens_per_second"] = round(tokens / seconds, 1)
             health = self.health.metrics()
             logs |= {kind: mean for kind, mean in health.items() if "/" not in kind}
             self._sums, self._batches, self._tokens = {}, 0, 0

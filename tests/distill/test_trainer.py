@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from hf_ternary.distill import DistillArguments, distill
 from hf_ternary.distill.student import Encoder, load_teacher, make_student, set_strength, ternary_layers
 from hf_ternary.distill.texts import Collator, TokenizedTexts
-from hf_ternary.distill.trainer import DistillTrainer, last_checkpoint
+from hf_ternary.distill.trainer import UNREAD, DistillTrainer, last_checkpoint
 from hf_ternary.packing import unpack
 from tests.conftest import SENTENCES, tiny_tokenizer
 from tests.distill.conftest import KILL, log, make_texts, weights
@@ -390,7 +390,11 @@ def test_what_cannot_be_trained_further(options: Options, teacher: Path, tmp_pat
         distill(DistillArguments(**options(student=str(tmp_path / "first" / "model"))))
 
 
-def test_a_nan_stops_the_run_and_names_step_and_texts(options: Options, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("unread", "steps"), [(0, 3), (1, 4), (50, 5)])
+def test_a_nan_stops_the_run_and_names_step_and_texts(
+    unread: int, steps: int, options: Options, monkeypatch: pytest.MonkeyPatch
+):
+    """At once on a CPU; on a GPU some steps later, but before anything is saved."""
     parts, calls = DistillTrainer._parts, []
 
     def third_is_nan(self: DistillTrainer, *args: Any) -> dict[str, torch.Tensor]:
@@ -399,8 +403,12 @@ def test_a_nan_stops_the_run_and_names_step_and_texts(options: Options, monkeypa
         return {name: loss * torch.nan for name, loss in found.items()} if len(calls) == 3 else found
 
     monkeypatch.setattr(DistillTrainer, "_parts", third_is_nan)
+    monkeypatch.setitem(UNREAD, "cpu", unread)
+    run = options(save_steps=5, logging_steps=100, eval_strategy="no")
     with pytest.raises(FloatingPointError, match=r"not finite at step 3 \(.*texts of the batch: \[\d+"):
-        distill(DistillArguments(**options()))
+        distill(DistillArguments(**run))
+    assert len(calls) == steps
+    assert not list(Path(run["output_dir"]).glob("checkpoint-*"))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(options: Options):
