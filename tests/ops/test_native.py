@@ -261,6 +261,7 @@ def test_fork_after_use() -> None:
     """A child of a process whose worker threads have run has none of them, and must start its own."""
     script = """
 import os, torch
+from hf_ternary import packing
 from hf_ternary.ops import linear
 torch.set_num_threads(2)
 weight, scale = packing.pack(torch.ones(512, 512, dtype=torch.int8)), torch.ones(512, 1)

@@ -71,6 +71,7 @@ def replace_or_die(self, target):
     return replace(self, target)
 pathlib.Path.replace = replace_or_die
 del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
