@@ -162,7 +162,7 @@ def write_summary(path: Path, folder: Path, **changes: Any) -> Path:
         "weights": weights(folder),
         "student": {"bytes": 9, "sha256": "cd" * 32},
         "earlier": [run],
-        "options": {**run["options"], "fixed_codes": True},
+        "options": {**run["options"], "fixed_codes": True, "dense_texts": 60_000},
         "sources": [{**run["sources"][0], "weight": 1.0}, more],
         "fidelity": {},
         **changes,

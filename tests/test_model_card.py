@@ -90,7 +90,8 @@ def test_training_comes_from_the_summaries_of_the_runs(folder: Path, tmp_path: P
     summary = write_summary(tmp_path / "summary.json", folder)
     text = create(folder, "packed", training=summary).text
     assert "| 1 | the full-precision weights, compensated | 5,500 | 20,415,428 | 0.0004 | 420 | 0.925 |\n| 2 |" in text
-    assert "| 2 | run 1; ternary weights fixed, the rest trained | 5,500 | 20,415,428 | 0.0004 | 420 |  |\n\n" in text
+    told = "run 1; ternary weights fixed, the rest trained; Dense layer fitted to 60,000 texts"
+    assert f"| 2 | {told} | 5,500 | 20,415,428 | 0.0004 | 420 |  |\n\n" in text
     sources = "| wiki.jsonl | 1,200 | abababababab |\n| me/news | 30 |  |\n\n"
     assert "| source | texts in it | SHA-256 |\n|---|---:|---|\n" + sources + "## Provenance" in text
     alone = create(folder, "packed", training=json.loads(write_summary(summary, folder, earlier=[]).read_text()))
