@@ -408,6 +408,8 @@ def test_bench_of_the_ternary_model_alone(packed: Path, run: Run, tmp_path: Path
 
 
 def test_bench_of_a_model_of_images(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers", minversion="6")
+    pytest.importorskip("PIL", reason="images need Pillow")
     assert run("quantize", save_tiny_vit(tmp_path / "vit"), tmp_path / "ternary").status == 0
     assert_is_one_line_error(run("bench", tmp_path / "ternary"), "embeds no texts", "Fix")
 
