@@ -67,6 +67,12 @@ def weights(model: str | Path) -> dict[str, Any]:
     return {"bytes": sum(file.stat().st_size for file in files), "sha256": digest.hexdigest()}
 
 
+def settings(model: Any) -> dict[str, Any]:
+    """What decides the embeddings of a SentenceTransformer beside its weights: modules with their options, prompts, cut."""
+    prompts = {"prompts": model.prompts, "prompt": model.default_prompt_name}
+    return {"modules": str(model), **prompts, "truncate_dim": model.truncate_dim}
+
+
 def hash_file(digest: Any, file: Path) -> None:
     """Update a hash with a file that may be larger than memory."""
     with file.open("rb") as opened:

@@ -36,7 +36,7 @@ from sentence_transformers import SentenceTransformer
 from errors import one_line_errors
 from hf_ternary.distill.texts import read_texts
 from hf_ternary.evaluation.tasks import SEED, local_tasks, mteb_tasks
-from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
+from hf_ternary.provenance import PACKAGES, provenance, settings, weights, write_json
 
 K = 10
 ROUNDS = 3  # of all queries; the fastest counts
@@ -234,8 +234,7 @@ def embed_corpus(
     clock: Clock,
 ) -> tuple[Vectors, dict[str, Any]]:
     """Embeddings of length 1 [documents, dimensions] and what they cost, from the cache where it has them."""
-    made_by = f"{stored['sha256']} {model} {model.prompts} {model.default_prompt_name} {model.truncate_dim}"
-    key = hashlib.sha256(f"{made_by} {collection.fingerprint()}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{stored['sha256']} {settings(model)} {collection.fingerprint()}".encode()).hexdigest()[:16]
     kept = cache and cache / f"{collection.name}-{key}.npz"
     if kept and kept.exists():
         with np.load(kept) as file:

@@ -42,7 +42,7 @@ from rich.progress import track
 from sentence_transformers import SentenceTransformer
 
 from errors import one_line_errors
-from hf_ternary.provenance import PACKAGES, provenance, weights, write_json
+from hf_ternary.provenance import PACKAGES, provenance, settings, weights, write_json
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 TRAINING_VECTORS = 64  # for every list of the index
@@ -150,10 +150,10 @@ def _join(rows: dict[str, list[str | None]], columns: list[str]) -> list[str]:
 
 
 def _describe_model(name: str, encoder: SentenceTransformer) -> dict[str, Any]:
-    """What decides the embeddings of a text: weights, modules with their options, and prompts."""
+    """What decides the embeddings of a text."""
     if not (stored := weights(name)):
         raise ValueError(f"{name} has no weights that are known by a hash. Fix: save it with its save_pretrained")
-    return {"weights": stored, "modules": str(encoder), "prompts": encoder.prompts, "prompt": encoder.default_prompt_name}
+    return {"weights": stored, **settings(encoder)}
 
 
 def _describe(texts: Dataset, columns: list[str]) -> dict[str, Any]:
