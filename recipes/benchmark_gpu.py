@@ -6,7 +6,7 @@
 
 Weights are random: shapes are those of the real models, and nothing is downloaded. Contenders take turns, so that a slow
 moment hits all alike; times are medians over the turns, by CUDA events. The chip's limits are measured too, in the same run.
-All that is random is drawn on the CPU, since a capture that fails leaves the GPU's generator unusable.
+All that is random is drawn on the CPU, since a capture that fails may leave the GPU's generator unusable.
 "ternary" is what a loaded model runs: the encoder of hf_ternary/triton_encoder.py for the models that it knows, beside them
 "ternary modules", transformers' own forward with the ternary layers in it, which for the others (Qwen3) is "ternary". Texts
 have one length and no padding, so what the encoder gains by dropping padding does not count. The weights of a single layer
