@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from hf_ternary import TernaryConfig
-from hf_ternary.files import is_ternary, library_class, model_folder, read_config
+from hf_ternary.files import check_writable, is_ternary, library_class, model_folder, read_config
 
 
 def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +63,10 @@ def test_library_class(
 def test_library_class_of_an_older_cross_encoder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"sentence_transformers": {"version": "5.2.0"}}))
     assert library_class(tmp_path) == "CrossEncoder"
+
+
+def test_a_folder_that_takes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable(tmp_path / "new" / "folder")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # the tests may run as root, who writes anywhere
+    with pytest.raises(ValueError, match=rf"nothing can be written to {tmp_path}. Fix: choose a folder"):
+        check_writable(tmp_path / "new" / "folder")
